@@ -1,0 +1,41 @@
+"""`mlc VERB ...`, also `python -m mlc VERB ...`: one table of verbs, each a module with its own `main(argv)`."""
+
+import importlib
+import sys
+
+from shards.console import UserError, did_you_mean, run
+
+VERBS = {
+    "demo-data": ("shards.demo", "write the demo competition: CSVs and JPEGs"),
+    "pack": ("shards.pack", "CSV and images -> WebDataset shards with an index"),
+    "index": ("shards.index", "index tars that somebody else wrote"),
+    "stats": ("shards.stats", "count classes, labels per image, caption lengths"),
+    "verify": ("shards.verify", "check every shard against its checksums"),
+    "train": ("mlc.train", "train (the same as train.py)"),
+    "eval": ("mlc.evaluate", "score a run on a split that has labels"),
+    "predict": ("mlc.predict", "predict a split or a folder of images, with test-time augmentation"),
+    "recipes": ("mlc.recipes", "list the recipes for `-c`"),
+}
+
+
+def usage() -> str:
+    verbs = "\n".join(f"  {verb:<10} {what}" for verb, (_, what) in VERBS.items())
+    return f"usage: mlc VERB [flags]   (mlc VERB --help says more)\n\n{verbs}"
+
+
+def dispatch(argv: list[str]) -> int | None:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        from mlc import __version__
+        print(f"mlc {__version__}")
+        return 0
+    verb, rest = argv[0], argv[1:]
+    if verb not in VERBS:
+        raise UserError(f"unknown verb {verb!r}{did_you_mean(verb, list(VERBS))}\n{usage()}")
+    return importlib.import_module(VERBS[verb][0]).main(rest)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run(dispatch, sys.argv[1:] if argv is None else argv)

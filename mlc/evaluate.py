@@ -1,0 +1,82 @@
+"""Scores a run on a split that has labels: a table, `--json`, and a picture of what it predicts."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from mlc.data.dataset import TarReader, open_split
+from mlc.inference import tta_views
+from mlc.metrics import multilabel, thresholds
+from mlc.models.export import load_exported
+from mlc.parallel import launch
+from mlc.predict import add_compute_flags, predict, weights_folder, write_probabilities
+from mlc.report.plots import contact_sheet
+from shards.console import Parser, UserError, say
+from shards.dataset import load_dataset
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = _parser().parse_args(argv)
+    views = tta_views(options.tta)
+    dataset = load_dataset(options.data)
+    index = open_split(dataset, options.split, labelled=True)
+    accelerator = launch.start(options.amp_dtype)
+    weights = weights_folder(options.run, options.weights)
+    model, info = load_exported(weights)
+    if info["label_names"] != list(dataset.classes):
+        raise UserError(f"{options.data} has other classes than the run {options.run}; evaluate on the data it was trained for")
+
+    reader = TarReader(index)
+    scores = predict(model.to(accelerator.device), info, reader, accelerator, batch_size=options.batch_size, workers=options.workers,
+                     views=views, title=f"evaluate {options.split}")
+    if accelerator.is_main_process:
+        rule = thresholds.load(weights / "thresholds.json")
+        results = score(scores, index, dataset, rule)
+        folder = Path(options.run) / "predictions"
+        ids = [index.image_id(row) for row in range(len(index))]
+        write_probabilities(folder / f"{options.split}.csv", ids, dataset.classes, scores)
+        contact_sheet(folder / f"{options.split}.png", reader, thresholds.apply(scores, rule), dataset.classes)
+        (folder / f"{options.split}.json").write_text(json.dumps(results, indent=1) + "\n")
+        if options.json:
+            print(json.dumps(results))
+        else:
+            _print_table(results, f"{options.run} on {options.split}, {len(index)} samples")
+        say(f"pictures with predictions: {folder / f'{options.split}.png'}")
+    accelerator.end_training()
+
+
+def score(scores: np.ndarray, index, dataset, rule: dict) -> dict[str, float]:
+    """All metrics at threshold 0.5, at the best threshold of this split (`@tuned`) and at the run's own (`@run`)."""
+    target = index.targets(np.arange(len(index))) > 0.5
+    columns = {group: [dataset.classes.index(name) for name in names] for group, names in dataset.groups.items()}
+    results = dict(multilabel.evaluate(scores, target, threshold=0.5, groups=columns))
+    results["f1_samples@run"] = multilabel.f1_samples(thresholds.apply(scores, rule), target)
+    # What the prevalence alone gives: every sample gets the classes that more than half of the samples have.
+    common = np.broadcast_to(target.mean(0) > 0.5, target.shape)
+    results["f1_samples@commonest"] = multilabel.f1_samples(common, target)
+    return results
+
+
+def _print_table(results: dict[str, float], title: str) -> None:
+    table = Table(title=title)
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in results.items():
+        table.add_row(name, f"{value:.4f}")
+    Console().print(table)
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="mlc eval", description="Scores a run on a split that has labels.",
+                    epilog="example: mlc eval --run runs/demo --data data/demo-shards --split val --json")
+    parser.add_argument("--run", required=True, help="folder of the run, or of exported weights")
+    parser.add_argument("--weights", choices=("best", "last"), default="best", help="which weights of the run (default: best)")
+    parser.add_argument("--data", required=True, help="packed data set")
+    parser.add_argument("--split", default="val", help="split of --data (default: val)")
+    parser.add_argument("--tta", default="", help="views to average, comma-separated: hflip, scale")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    add_compute_flags(parser)
+    return parser

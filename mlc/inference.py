@@ -1,0 +1,77 @@
+"""Logits of every row exactly once, on all processes: what evaluation and prediction have in common.
+
+Rows go through the model in fixed blocks, block b on rank b mod W, padded at the end and masked. A row therefore always meets the
+same neighbours, and the results do not depend on the number of processes.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+
+from mlc.data.dataset import EvalDataset
+from mlc.data.loader import Waiting, eval_blocks, load
+from mlc.data.transforms import normalize
+from shards.console import UserError, progress
+
+View = Callable[[torch.Tensor], torch.Tensor]  # [B, 3, H, W] -> [B, 3, H, W]
+ZOOM = 1.15  # the `scale` view shows the middle of the image this much larger
+
+
+def hflip(image: torch.Tensor) -> torch.Tensor:
+    return image.flip(-1)
+
+
+def zoom(image: torch.Tensor) -> torch.Tensor:
+    """The centre of the image at the model's own size."""
+    height, width = image.shape[-2:]
+    h, w = round(height / ZOOM), round(width / ZOOM)
+    top, left = (height - h) // 2, (width - w) // 2
+    center = image[..., top:top + h, left:left + w]
+    return F.interpolate(center, size=(height, width), mode="bicubic", align_corners=False)
+
+
+def tta_views(spec: str) -> list[View]:
+    """`hflip,scale` -> the views of every combination of the named augmentations; '' -> the image alone.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    known = {"hflip": hflip, "scale": zoom}
+    names = [name.strip() for name in spec.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise UserError(f"--tta {spec}: unknown view {name!r}; known: {', '.join(known)}")
+    views: list[View] = [lambda image: image]
+    for name in dict.fromkeys(names):
+        views += [lambda image, before=before, then=known[name]: then(before(image)) for before in views]
+    return views
+
+
+@torch.no_grad()
+def logits_of_rows(model: torch.nn.Module, dataset: EvalDataset, accelerator: Accelerator, *, batch_size: int, workers: int,
+                   mean: Sequence[float], std: Sequence[float], views: Sequence[View] = (lambda image: image,),
+                   title: str = "") -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields (row int64 [M], logits float32 [M, views, C]) on every process; together they are all rows, each once."""
+    was_training = model.training
+    model.eval()
+    rank, world = accelerator.process_index, accelerator.num_processes
+    blocks = list(eval_blocks(len(dataset.reader), batch_size, world, rank))
+    batches = Waiting(load(dataset, blocks, workers=workers, device=accelerator.device), accelerator.device)
+    with progress(title, len(blocks), enabled=bool(title) and accelerator.is_main_process) as advance:
+        for batch in batches:
+            image = normalize(batch["image"], mean, std)
+            with accelerator.autocast():
+                logits = torch.stack([model(view(image)) for view in views], dim=1).float()
+            row, logits = accelerator.gather((batch["row"], logits))
+            valid = row >= 0
+            yield row[valid].cpu().numpy(), logits[valid].cpu().numpy()
+            advance()
+    model.train(was_training)
+
+
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    """Sigmoid of [..., C] in float64, averaged over the views of [M, views, C]; float32 [M, C]."""
+    return (1 / (1 + np.exp(-logits.astype(np.float64)))).mean(axis=1).astype(np.float32)

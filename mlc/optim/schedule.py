@@ -1,0 +1,63 @@
+"""The learning rate is a pure function of the samples seen, so there is no scheduler object to prepare, save, restore
+or get out of step: a run resumed at another world size or batch size reads the same curve at the same place.
+
+Durations come in the unit the user thinks in (epochs, steps, samples) and are turned into samples once, here.
+"""
+
+import math
+import re
+
+from shards.console import UserError
+
+SCHEDULES = ("cosine", "step", "constant")
+_DURATION = re.compile(r"(\d+\.?\d*|\.\d+)(ep|st|ex)?")
+
+
+def parse_duration(text: str | int | float, *, epoch_samples: int, global_batch: int) -> int:
+    """Samples in `1ep`, `0.5ep`, `500st` or `10000ex`; a plain number is epochs, as in timm's `*_epochs` flags.
+
+    Epochs are rounded to the nearest sample; steps and samples must be whole. UserError for anything else.
+    """
+    match = _DURATION.fullmatch(str(text).strip())
+    if match is None:
+        raise UserError(f"{str(text)!r} is no duration: write epochs as 1ep, 0.5ep or 1, steps as 500st, "
+                        "samples as 10000ex")
+    number, unit = float(match[1]), match[2] or "ep"
+    if unit != "ep" and not number.is_integer():
+        raise UserError(f"{str(text)!r} is no duration: {'steps' if unit == 'st' else 'samples'} must be whole")
+    return round(number * {"ep": epoch_samples, "st": global_batch, "ex": 1}[unit])
+
+
+def lr_at(
+    samples: int,
+    *,
+    base_lr: float,
+    total: int,
+    warmup: int = 0,
+    warmup_lr: float = 0.0,
+    min_lr: float = 0.0,
+    sched: str = "cosine",
+    decay_every: int = 0,
+    decay_rate: float = 0.1,
+) -> float:
+    """Learning rate after `samples` samples; total, warmup and decay_every are in samples too.
+
+    Below `warmup` a line from warmup_lr to base_lr, whatever the schedule. Then
+    cosine: half a wave from base_lr at `warmup` to min_lr at `total` (timm's cosine with `warmup_prefix`; Loshchilov
+        and Hutter 2017, "SGDR", one cycle), min_lr afterwards;
+    step: base_lr * decay_rate ^ (samples // decay_every), counted from sample 0 and never below min_lr;
+    constant: base_lr.
+    UserError for an unknown schedule, or for step without decay_every.
+    """
+    if sched not in SCHEDULES:
+        raise UserError(f"unknown schedule {sched!r}: choose one of {', '.join(SCHEDULES)}")
+    if sched == "step" and decay_every <= 0:
+        raise UserError("the step schedule needs to know how often the rate drops: a duration above 0")
+    if samples < warmup:
+        return warmup_lr + (base_lr - warmup_lr) * samples / warmup
+    if sched == "cosine":
+        done = min(1.0, (samples - warmup) / max(1, total - warmup))
+        return min_lr + (base_lr - min_lr) * (1 + math.cos(math.pi * done)) / 2
+    if sched == "step":
+        return max(min_lr, base_lr * decay_rate ** (samples // decay_every))
+    return base_lr

@@ -1,0 +1,78 @@
+"""Joining the other processes, on GPUs or on a CPU, and refusing to train apart by mistake.
+
+`accelerate launch` with a multi-GPU file on a machine without GPUs starts processes that never meet (each trains alone and
+overwrites the other's files), unless ACCELERATE_USE_CPU is set; so it is set here, before Accelerate looks at it.
+"""
+
+import os
+import random
+from datetime import timedelta
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+from shards.console import UserError
+
+
+def start(amp_dtype: str = "auto") -> Accelerator:
+    """The Accelerator of this process, connected to all others that the launcher started.
+
+    Raises:
+        UserError: fewer processes are connected than the launcher started, or there are more than GPUs.
+    """
+    world, local_world = _from_env("WORLD_SIZE"), _from_env("LOCAL_WORLD_SIZE")
+    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
+    if on_cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+    elif local_world > torch.cuda.device_count():
+        raise UserError(f"{local_world} processes were started on a machine with {torch.cuda.device_count()} GPU(s); "
+                        f"launch with --num_processes {torch.cuda.device_count()}")
+    accelerator = Accelerator(
+        mixed_precision=_precision(amp_dtype, on_cpu),
+        cpu=on_cpu,
+        kwargs_handlers=[
+            # Rank 0's running statistics are the model's: they are sent out before each forward pass and before each save.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=True),
+            InitProcessGroupKwargs(timeout=timedelta(minutes=30)),
+        ],
+    )
+    if accelerator.num_processes != world:
+        raise UserError(f"the launcher started {world} processes, but {accelerator.num_processes} are connected; each would train alone. "
+                        f"Check `distributed_type` in the accelerate configuration (MULTI_GPU for GPUs and for a CPU)")
+    return accelerator
+
+
+def _from_env(name: str) -> int:
+    return int(os.environ.get(name, 1))
+
+
+def _precision(amp_dtype: str, on_cpu: bool) -> str | None:
+    """Accelerate's name of the autocast type; None leaves it to the launcher's setting."""
+    if amp_dtype == "auto":
+        return "no" if on_cpu else None
+    return {"none": "no"}.get(amp_dtype, amp_dtype)
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds every library's generator, 0 <= seed < 2^63."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+
+
+def all_sum(values: torch.Tensor) -> torch.Tensor:
+    """The sum over all processes, in place; the tensor itself where there is one process."""
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(values)
+    return values
+
+
+def same_buffers(*models: torch.nn.Module | None) -> None:
+    """Gives every process rank 0's floating-point buffers (running statistics of batch norm)."""
+    if torch.distributed.is_initialized():
+        for model in models:
+            for buffer in model.buffers() if model is not None else ():
+                if buffer.is_floating_point():
+                    torch.distributed.broadcast(buffer, 0)

@@ -1,0 +1,280 @@
+"""The packed data set as the rest of the program sees it: `dataset.json` and one memory-mapped Arrow index per split.
+
+A trainer that resumes in the middle of an epoch must jump to any sample at once, so every row knows the byte range of
+its image. The index is one uncompressed record batch: opening it maps the file and reads its footer, whatever the
+number of rows, and all worker processes share the same pages.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from shards.console import UserError, did_you_mean
+
+FORMAT = "mlc-shards"
+VERSION = 1
+PACKER = "mlc 0.1.0"
+JSON_NAME = "dataset.json"
+
+SCHEMA = pa.schema([
+    ("key", pa.large_string()),
+    ("image_id", pa.large_string()),
+    ("shard", pa.int32()),
+    ("offset", pa.int64()),
+    ("size", pa.int64()),
+    ("ext", pa.string()),
+    ("labels", pa.large_list(pa.int32())),
+    ("caption", pa.large_string()),
+    ("fold", pa.int16()),
+    ("weight", pa.float32()),
+    ("crc32", pa.uint32()),
+])
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar: `name` is relative to the data set's folder, or absolute for tars indexed where they lie."""
+
+    name: str
+    num_samples: int
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split: `index` is the name of its Arrow file, `shards` are in the order the index numbers them."""
+
+    name: str
+    index: str
+    num_samples: int
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What `dataset.json` says. `classes` are in column order, `groups` maps a group to its class names."""
+
+    root: Path
+    classes: tuple[str, ...]
+    groups: Mapping[str, tuple[str, ...]]
+    folds: int
+    splits: Mapping[str, Split]
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over the classes and the shards' sha256: equal for equal data, wherever it lies."""
+        shards = {name: [shard.sha256 for shard in split.shards] for name, split in sorted(self.splits.items())}
+        text = json.dumps([self.classes, shards], ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def split(self, name: str) -> Split:
+        """Raises UserError, listing the splits there are, for an unknown name."""
+        if name not in self.splits:
+            names = list(self.splits)
+            hint = did_you_mean(name, names)
+            raise UserError(f"{self.root} has no split {name!r}; it has: {', '.join(names) or 'none'}{hint}")
+        return self.splits[name]
+
+
+class Index:
+    """The rows of one split, memory-mapped; columns of numbers are zero-copy numpy views of shape [len].
+
+    Pickles as a path: every process maps the file again at its first access.
+    """
+
+    def __init__(self, path: Path, root: Path, shard_names: Sequence[str], num_rows: int, num_classes: int):
+        self.path = path
+        self.num_classes = num_classes
+        self._root = root
+        self._shard_names = tuple(shard_names)
+        self._num_rows = num_rows
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("path", "num_classes", "_root", "_shard_names", "_num_rows")
+        return {name: self.__dict__[name] for name in kept}
+
+    @cached_property
+    def batch(self) -> pa.RecordBatch:
+        """The whole index, columns as in SCHEMA; mapped at the first access."""
+        try:
+            reader = pa.ipc.open_file(pa.memory_map(str(self.path)))
+            batch = reader.get_batch(0) if reader.num_record_batches == 1 else None
+        except FileNotFoundError:
+            raise UserError(f"{self.path} is missing; pack or index the data set again") from None
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{self.path} is damaged ({error}); pack or index the data set again") from None
+        if batch is None or batch.schema != SCHEMA or batch.num_rows != self._num_rows:
+            raise UserError(f"{self.path} does not belong to the {JSON_NAME} beside it (other columns or another "
+                            f"number of rows than {self._num_rows}); pack or index the data set again")
+        return batch
+
+    def _numbers(self, column: str) -> np.ndarray:
+        return self.batch.column(column).to_numpy(zero_copy_only=True)
+
+    @cached_property
+    def shard(self) -> np.ndarray:
+        """int32 [len]: position in the split's list of shards."""
+        return self._numbers("shard")
+
+    @cached_property
+    def offset(self) -> np.ndarray:
+        """int64 [len]: first byte of the image inside its tar."""
+        return self._numbers("offset")
+
+    @cached_property
+    def size(self) -> np.ndarray:
+        """int64 [len]: bytes of the image."""
+        return self._numbers("size")
+
+    @cached_property
+    def fold(self) -> np.ndarray:
+        """int16 [len]: cross-validation fold, -1 where there is none."""
+        return self._numbers("fold")
+
+    @cached_property
+    def weight(self) -> np.ndarray:
+        """float32 [len]: sampling weight, 1.0 unless somebody set it."""
+        return self._numbers("weight")
+
+    @cached_property
+    def crc32(self) -> np.ndarray:
+        """uint32 [len]: zlib.crc32 of the image's bytes."""
+        return self._numbers("crc32")
+
+    @cached_property
+    def _label_values(self) -> tuple[np.ndarray, np.ndarray]:
+        """(starts [len + 1], columns [total]): the labels of row i are columns[starts[i]:starts[i + 1]]."""
+        labels = self.batch.column("labels")
+        return labels.offsets.to_numpy(zero_copy_only=True), labels.values.to_numpy(zero_copy_only=True)
+
+    @property
+    def has_labels(self) -> bool:
+        """False for a split without labels, such as a competition's test set; an empty list is a label set."""
+        return self.batch.column("labels").null_count == 0
+
+    def key(self, row: int) -> str:
+        return self.batch.column("key")[int(row)].as_py()
+
+    def image_id(self, row: int) -> str:
+        return self.batch.column("image_id")[int(row)].as_py()
+
+    def caption(self, row: int) -> str:
+        """"" where the sample has none."""
+        return self.batch.column("caption")[int(row)].as_py()
+
+    def ext(self, row: int) -> str:
+        """The image's kind, by content: jpg, png or webp."""
+        return self.batch.column("ext")[int(row)].as_py()
+
+    def labels(self, row: int) -> np.ndarray:
+        """int32 [labels of the row]: class columns, ascending; empty where the split has no labels."""
+        starts, columns = self._label_values
+        return columns[starts[row]:starts[row + 1]]
+
+    def targets(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """float32 [len(rows), C]: multi-hot labels of the rows."""
+        rows = np.asarray(rows, dtype=np.int64)
+        starts, columns = self._label_values
+        counts = starts[rows + 1] - starts[rows]
+        sample = np.repeat(np.arange(len(rows)), counts)
+        first = np.cumsum(counts) - counts
+        position = np.arange(len(sample)) - np.repeat(first - starts[rows], counts)
+        targets = np.zeros((len(rows), self.num_classes), dtype=np.float32)
+        targets[sample, columns[position]] = 1.0
+        return targets
+
+    def class_counts(self) -> np.ndarray:
+        """int64 [C]: samples per class."""
+        return np.bincount(self._label_values[1], minlength=self.num_classes).astype(np.int64)
+
+    def shard_path(self, shard: int) -> Path:
+        return self._root / self._shard_names[shard]
+
+
+def load_dataset(path: str | Path) -> Dataset:
+    """Reads `path/dataset.json`. Raises UserError where there is none, or one this version cannot read."""
+    root = Path(path)
+    file = root / JSON_NAME
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no data set at {root}: {file} is missing; `mlc pack` or `mlc index` writes one") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {file}: {error}") from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise UserError(f"{file} is not a packed data set (its format is not {FORMAT!r}); `mlc pack` writes one")
+    if data.get("version") != VERSION:
+        raise UserError(f"{file} has format version {data.get('version')}, this program reads {VERSION}; "
+                        f"use the program that wrote it ({data.get('packer', 'unknown')}) or pack again")
+    try:
+        return _dataset(root, data)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is incomplete ({error}); pack or index the data set again") from None
+
+
+def _dataset(root: Path, data: dict[str, Any]) -> Dataset:
+    splits = {name: Split(name=name, index=split["index"], num_samples=split["num_samples"],
+                          shards=tuple(Shard(**shard) for shard in split["shards"]))
+              for name, split in data["splits"].items()}
+    groups = {name: tuple(members) for name, members in data["groups"].items()}
+    return Dataset(root=root, classes=tuple(data["classes"]), groups=groups, folds=data["folds"], splits=splits)
+
+
+def open_index(dataset: Dataset, split: str) -> Index:
+    """Opens a split's index in constant time. Raises UserError for an unknown split or a damaged file."""
+    info = dataset.split(split)
+    names = [shard.name for shard in info.shards]
+    index = Index(dataset.root / info.index, dataset.root, names, info.num_samples, len(dataset.classes))
+    _ = index.batch  # a damaged file is reported here and not by a worker
+    return index
+
+
+def write_dataset(dataset: Dataset) -> None:
+    """Writes `dataset.json`: the same content gives the same bytes, so it holds no time and no machine."""
+    splits = {name: {"index": split.index, "num_samples": split.num_samples,
+                     "shards": [asdict(shard) for shard in split.shards]}
+              for name, split in dataset.splits.items()}
+    content = {"format": FORMAT, "version": VERSION, "packer": PACKER, "classes": list(dataset.classes),
+               "groups": {name: list(members) for name, members in dataset.groups.items()},
+               "folds": dataset.folds, "splits": splits}
+    write_json(dataset.root / JSON_NAME, content)
+
+
+def write_index(path: Path, columns: Mapping[str, Sequence]) -> None:
+    """Writes one split's Arrow file; `columns` has one sequence per name in SCHEMA, all of one length."""
+    arrays = [pa.array(columns[field.name], type=field.type) for field in SCHEMA]
+    batch = pa.record_batch(arrays, schema=SCHEMA)
+    with replacing(path) as temporary, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        writer.write_batch(batch)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path that becomes `path` when the block ends well: a reader never sees half a file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # a rename that survives a power cut must not outlive its data
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes `content` in one step, as readable UTF-8."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,230 @@
+"""What a pack will contain, settled before a byte is written: rows, classes, files, problems, and a hash over it all.
+
+A pack that stops after an hour at row 90,000 and then again at row 91,000 is no use, so everything that can be wrong is
+looked for first and shown together. The hash tells a second run of the same command whether its work is already done.
+"""
+
+import hashlib
+import json
+import re
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from shards.console import UserError, did_you_mean, listed, progress, say
+from shards.dataset import PACKER
+from shards.image import check_files
+from shards.split import stratified_folds
+from shards.table import Columns, Problems, Row, found_classes, read_classes, read_rows
+from shards.tar import MAX_KEY
+from shards.workers import spread
+
+CHECK_CHUNK = 64
+PLANNED_FLAGS = ("val_fraction", "folds", "resize", "quality", "shard_size", "seed", "id_column", "labels_column",
+                 "caption_column", "label_separator")
+
+
+@dataclass(frozen=True)
+class File:
+    """An image on disk, as it was when the pack was planned."""
+
+    path: Path
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything read from outside: rows per split, their files where they exist, and what is wrong so far."""
+
+    classes: tuple[str, ...]
+    groups: dict[str, tuple[str, ...]]
+    rows: dict[str, list[Row]]
+    files: dict[Row, File]
+    problems: Problems
+    hash: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row ready to be written; `columns` are its class columns, None where the split has no labels."""
+
+    key: str
+    row: Row
+    file: File
+    columns: tuple[int, ...] | None
+    fold: int
+
+
+def make_plan(args: Namespace) -> Plan:
+    """Reads the tables and looks at every file's name, size and time, not yet at its content."""
+    problems = Problems()
+    tables = {"train": args.csv, "val": args.val_csv, "test": args.test_csv}
+    columns = Columns(args.id_column, args.labels_column, args.caption_column, args.label_separator)
+    rows = {split: read_rows(Path(path), columns, problems, need_labels=split != "test")
+            for split, path in tables.items() if path}
+    if rows.get("test") and rows["test"][0].labels is not None:
+        say(f"{args.test_csv} has a column {columns.labels}: the test split keeps its labels")
+    classes, groups = _classes(args, rows["train"], problems)
+    flat = [row for split in rows.values() for row in split]
+    _check_labels(flat, classes, columns.separator, problems)
+    files = _files(flat, Path(args.images), problems)
+    digest = _hash(args, [path for path in tables.values() if path], classes, groups, files)
+    return Plan(classes, groups, rows, files, problems, digest)
+
+
+def _classes(args: Namespace, train: Sequence[Row], problems: Problems) -> tuple[tuple[str, ...], dict]:
+    beside = Path(args.csv).parent / "classes.yaml"
+    if not args.classes and beside.exists():
+        say(f"classes from {beside}, beside the CSV (--classes names another)")
+    if args.classes or beside.exists():
+        return read_classes(Path(args.classes or beside))
+    classes = found_classes(row.labels for row in train if not problems.has(row))
+    if not classes:
+        raise UserError(f"no row of {args.csv} has a label; name the classes with --classes, or the column with "
+                        "--labels-column")
+    return classes, {}
+
+
+def _check_labels(rows: Iterable[Row], classes: Sequence[str], separator: str, problems: Problems) -> None:
+    known = set(classes)
+    split = next((name for name in classes if (len(name.split()) > 1 if separator == " " else separator in name)), None)
+    if split is not None:
+        raise UserError(f"class {split!r} contains the label separator {separator!r}; choose another with "
+                        "--label-separator")
+    for row in rows:
+        for label in row.labels or ():
+            if label not in known:
+                hint = did_you_mean(label, classes)
+                problems.add(row.source, row.line, f"label {label!r} is none of the {len(classes)} classes{hint}")
+
+
+def _files(rows: Iterable[Row], images: Path, problems: Problems) -> dict[Row, File]:
+    if not images.is_dir():
+        raise UserError(f"--images {images} is not a folder")
+    first: dict[str, Row] = {}
+    files = {}
+    for row in rows:
+        if not row.image_id:
+            continue
+        before = first.setdefault(row.image_id, row)
+        if before is not row:
+            problems.add(row.source, row.line, f"image {row.image_id!r} was already in {before.source} "
+                                               f"line {before.line}")
+        elif _leaves(row.image_id):
+            problems.add(row.source, row.line, f"image {row.image_id!r} is outside of {images}; name it relative to it")
+        elif (file := _find(images, row.image_id)) is None:
+            problems.add(row.source, row.line, f"image {row.image_id!r} is not in {images}")
+        else:
+            files[row] = file
+    return files
+
+
+def _leaves(image_id: str) -> bool:
+    """Judged by the name alone: a folder of symbolic links is a usual way to keep images."""
+    return image_id.startswith(("/", "\\")) or ".." in PurePosixPath(image_id.replace("\\", "/")).parts
+
+
+def _find(images: Path, image_id: str) -> File | None:
+    """The file of that name; many tables leave the extension away, so the usual ones are tried as well."""
+    for ext in ("", ".jpg", ".jpeg", ".png", ".webp"):
+        path = images / (image_id + ext)
+        try:
+            if path.is_file():
+                stat = path.stat()
+                return File(path, stat.st_size, stat.st_mtime_ns)
+        except (OSError, ValueError):  # a name too long, or with a zero byte
+            return None
+    return None
+
+
+def _hash(args: Namespace, tables: Sequence[str], classes: Sequence[str], groups: dict, files: dict[Row, File]) -> str:
+    flags = {name: getattr(args, name) for name in PLANNED_FLAGS}
+    tables = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in tables]
+    has = [args.val_csv is not None, args.test_csv is not None]
+    digest = hashlib.sha256(json.dumps([PACKER, flags, tables, has, classes, groups], sort_keys=True).encode())
+    for row, file in files.items():
+        digest.update(json.dumps([row.image_id, file.path.name, file.size, file.mtime_ns]).encode())
+    return digest.hexdigest()
+
+
+def check_images(plan: Plan, workers: int) -> dict[str, str]:
+    """Decodes every image once. What is wrong, by ImageID."""
+    items = list(plan.files.items())
+    chunks = [items[start:start + CHECK_CHUNK] for start in range(0, len(items), CHECK_CHUNK)]
+    bad = {}
+    with progress("checking images", len(items)) as advance:
+        checks = spread(check_files, [[file.path for _, file in chunk] for chunk in chunks], workers)
+        for chunk, texts in zip(chunks, checks, strict=True):
+            advance(len(chunk))
+            bad |= {row.image_id: text for (row, _), text in zip(chunk, texts, strict=True) if text}
+    return bad
+
+
+def settle(plan: Plan, bad_images: dict[str, str], args: Namespace) -> dict[str, list[Sample]]:
+    """The samples of every split in the order of the CSV, bad rows left out.
+
+    Raises UserError, with all that is wrong, where more rows are bad than --skip-bad allows.
+    """
+    problems = plan.problems
+    for row in plan.files:
+        if row.image_id in bad_images:
+            problems.add(row.source, row.line, f"image {row.image_id!r}: {bad_images[row.image_id]}")
+    if problems:
+        rows, few = f"{len(problems)} bad rows" if len(problems) > 1 else "1 bad row", len(problems) <= args.skip_bad
+        if not few:
+            raise UserError(f"{rows}, nothing is packed; mend them, or allow as many with --skip-bad "
+                            f"{len(problems)}\n{listed(problems.lines())}")
+        say(f"left out {rows}\n{listed(problems.lines())}")
+    good = {split: [row for row in rows if not problems.has(row)] for split, rows in plan.rows.items()}
+    return _samples(_split(good, plan, args), plan, args)
+
+
+def _columns(row: Row, plan: Plan, position: dict[str, int]) -> tuple[int, ...] | None:
+    return None if row.labels is None else tuple(sorted(position[label] for label in row.labels))
+
+
+def _split(rows: dict[str, list[Row]], plan: Plan, args: Namespace) -> dict[str, list[Row]]:
+    """Cuts the validation split out of train where --val-fraction asks for it."""
+    if args.val_fraction is None:
+        return rows
+    position = {name: column for column, name in enumerate(plan.classes)}
+    labels = [_columns(row, plan, position) for row in rows["train"]]
+    part = stratified_folds(labels, [1 - args.val_fraction, args.val_fraction], args.seed)
+    train, val = ([row for row, of in zip(rows["train"], part, strict=True) if of == which] for which in (0, 1))
+    return {"train": train, "val": val} | {split: kept for split, kept in rows.items() if split != "train"}
+
+
+def _samples(rows: dict[str, list[Row]], plan: Plan, args: Namespace) -> dict[str, list[Sample]]:
+    for split, kept in rows.items():
+        if not kept:
+            raise UserError(f"the {split} split would be empty; give more rows or another --val-fraction")
+    position = {name: column for column, name in enumerate(plan.classes)}
+    columns = {split: [_columns(row, plan, position) for row in kept] for split, kept in rows.items()}
+    folds = {split: [-1] * len(kept) for split, kept in rows.items()}
+    if args.folds:
+        if args.folds > len(rows["train"]):
+            raise UserError(f"--folds {args.folds} is more than the {len(rows['train'])} samples of train")
+        folds["train"] = stratified_folds(columns["train"], [1.0] * args.folds, args.seed).tolist()
+    keys = Keys()
+    return {split: [Sample(keys.make(row.image_id), row, plan.files[row], *rest)
+                    for row, *rest in zip(kept, columns[split], folds[split], strict=True)]
+            for split, kept in rows.items()}
+
+
+class Keys:
+    """WebDataset keys: the file's stem where that is plain and free, else with a suffix drawn from the ImageID."""
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+
+    def make(self, image_id: str) -> str:
+        stem = PurePosixPath(image_id).stem
+        plain = re.sub(r"[^A-Za-z0-9_-]", "_", stem)[:MAX_KEY]
+        key, tries = plain, 0
+        while not key or key in self._taken or (key == plain and plain != stem):
+            digest = hashlib.sha256(f"{image_id}\0{tries}".encode(errors="surrogatepass")).hexdigest()[:10]
+            key, tries = f"{plain[:MAX_KEY - 11]}-{digest}", tries + 1
+        self._taken.add(key)
+        return key

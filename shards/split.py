@@ -1,0 +1,74 @@
+"""Splits that keep every label's share: a random tenth of a long-tailed data set may miss its rare labels altogether.
+
+Iterative stratification after K. Sechidis, G. Tsoumakas, I. Vlahavas, "On the Stratification of Multi-Label Data",
+ECML PKDD 2011, algorithm 1: the rarest label left is dealt out first, each of its samples to the subset that still
+wants most of that label. One thing is added: a subset that has its number of samples takes no more, so sizes are exact.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def subset_sizes(samples: int, fractions: Sequence[float]) -> np.ndarray:
+    """int64 [K]: `samples` dealt out by `fractions` (of any sum), each within one of its exact share, sum kept."""
+    exact = samples * np.asarray(fractions, dtype=np.float64) / np.sum(fractions)
+    sizes = np.floor(exact + 1e-9).astype(np.int64)
+    leftover = np.argsort(sizes - exact, kind="stable")[:samples - int(sizes.sum())]
+    sizes[leftover] += 1
+    return sizes
+
+
+def stratified_folds(labels: Sequence[Sequence[int]], fractions: Sequence[float], seed: int) -> np.ndarray:
+    """int16 [samples]: the subset of every sample.
+
+    `labels` holds the label columns of every sample (each at most once, may be empty), `fractions` the share of every
+    subset. Sizes are within one of the exact share. The same arguments give the same answer with any numpy: the legacy
+    generator is used because its stream is frozen.
+    """
+    rng = np.random.RandomState(seed)
+    order = rng.permutation(len(labels))
+    by_label = _samples_by_label(labels, order)
+    fractions = np.asarray(fractions, dtype=np.float64) / np.sum(fractions)
+    wanted = np.array([len(samples) for samples in by_label])[:, None] * fractions  # [labels, K]
+    room = subset_sizes(len(labels), fractions)
+    left = np.array([len(samples) for samples in by_label])
+    subset = np.full(len(labels), -1, dtype=np.int16)
+
+    def assign(sample: int, label: int | None) -> None:
+        chosen = _choose(wanted[label] if label is not None else room, room, rng)
+        subset[sample] = chosen
+        room[chosen] -= 1
+        for column in labels[sample]:
+            wanted[column, chosen] -= 1
+            left[column] -= 1
+
+    while left.any():
+        rarest = int(np.argmin(np.where(left > 0, left, len(labels) + 1)))
+        for sample in by_label[rarest]:
+            if subset[sample] < 0:
+                assign(sample, rarest)
+    for sample in order:
+        if subset[sample] < 0:
+            assign(sample, None)
+    return subset
+
+
+def _samples_by_label(labels: Sequence[Sequence[int]], order: np.ndarray) -> list[list[int]]:
+    columns = 1 + max((max(row) for row in labels if len(row)), default=-1)
+    samples: list[list[int]] = [[] for _ in range(columns)]
+    for sample in order:
+        for column in labels[sample]:
+            samples[column].append(int(sample))
+    return samples
+
+
+def _choose(wanted: np.ndarray, room: np.ndarray, rng: np.random.RandomState) -> int:
+    """The subset with room that wants most of the label, then the one with most room, then any of the best."""
+    candidates = np.flatnonzero(room > 0)
+    for criterion in (wanted, room):
+        values = criterion[candidates]
+        candidates = candidates[values >= values.max() - 1e-9]
+        if len(candidates) == 1:
+            return int(candidates[0])
+    return int(candidates[rng.randint(len(candidates))])

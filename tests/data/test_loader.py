@@ -1,0 +1,39 @@
+import pytest
+
+from mlc.data.loader import eval_blocks, plan_batches, train_positions
+from shards.console import UserError
+
+
+@pytest.mark.parametrize("world, batch", [(1, 24), (1, 6), (2, 12), (2, 2), (3, 4), (4, 6)])
+def test_any_division_of_a_global_batch_covers_the_same_positions(world, batch):
+    plan = plan_batches(24, batch, world, pairs=True)
+    assert plan.accumulation * batch * world == 24
+    ranks = [list(train_positions(48, 120, plan, rank)) for rank in range(world)]
+    assert {len(r) for r in ranks} == {3 * plan.accumulation}
+    for step in range(3):
+        micro = slice(step * plan.accumulation, (step + 1) * plan.accumulation)
+        seen = sorted(p for rank in ranks for positions in rank[micro] for p in positions)
+        assert seen == list(range(48 + 24 * step, 72 + 24 * step))
+    assert all(positions[0] % 2 == 0 for rank in ranks for positions in rank)  # pairs stay together
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 50])
+def test_every_row_is_in_one_block_and_blocks_are_the_same_at_any_world_size(n, world):
+    blocks = [list(eval_blocks(n, 8, world, rank)) for rank in range(world)]
+    assert len({len(b) for b in blocks}) == 1  # no rank waits for a batch that another does not have
+    rows = sorted(row for rank in blocks for block in rank for row in block if row >= 0)
+    assert rows == list(range(n))
+    alone = {tuple(block) for block in eval_blocks(n, 8, 1, 0)}
+    assert {tuple(block) for rank in blocks for block in rank if block[0] >= 0} == alone
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (dict(global_batch=30, batch_size=8, world_size=2, pairs=False), ("--global-batch-size 30", "--batch-size one of 1, 3, 5, 15")),
+    (dict(global_batch=31, batch_size=8, world_size=2, pairs=False), ("a multiple of 2",)),
+    (dict(global_batch=None, batch_size=7, world_size=2, pairs=True), ("--batch-size 7 is odd", "--mixup 0")),
+])
+def test_impossible_divisions_say_what_fits(arguments, words):
+    with pytest.raises(UserError) as error:
+        plan_batches(arguments.pop("global_batch"), arguments.pop("batch_size"), arguments.pop("world_size"), **arguments)
+    assert all(word in str(error.value) for word in words)

@@ -18,6 +18,7 @@ from shards.console import Parser, UserError, say
 from shards.dataset import load_dataset
 
 
+@launch.peers()
 def main(argv: list[str] | None = None) -> None:
     options = _parser().parse_args(argv)
     views = tta_views(options.tta)

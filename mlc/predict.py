@@ -20,6 +20,7 @@ from shards.console import Parser, UserError, say
 from shards.dataset import load_dataset
 
 
+@launch.peers()
 def main(argv: list[str] | None = None) -> None:
     options = _parser().parse_args(argv)
     if bool(options.data) == bool(options.images):
@@ -55,7 +56,8 @@ def main(argv: list[str] | None = None) -> None:
 def predict(model, info, reader, accelerator, *, batch_size, workers, views, title="") -> np.ndarray:
     """Probabilities float32 [N, C] of all rows of a reader, averaged over the views; the same on every process."""
     config = info["pretrained_cfg"]
-    transform = EvalTransform(size=config["input_size"][-1], crop=info["mlc"]["val_crop"], crop_pct=info["mlc"]["crop_pct"])
+    crop = "squish" if config["crop_mode"] == "squash" else "center"
+    transform = EvalTransform(size=config["input_size"][-1], crop=crop, crop_pct=config["crop_pct"])
     scores = np.full((len(reader), len(info["label_names"])), np.nan, np.float32)
     for rows, logits in logits_of_rows(model, EvalDataset(reader, transform), accelerator, batch_size=batch_size, workers=workers,
                                        mean=config["mean"], std=config["std"], views=views, title=title):

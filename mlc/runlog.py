@@ -3,7 +3,9 @@
 import csv
 import json
 import os
+import secrets
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +92,7 @@ def open_wandb(folder: Path, config: Config):
 
     file = folder / "wandb_id"
     if not file.exists():
-        file.write_text(wandb.util.generate_id())
+        file.write_text(secrets.token_hex(4))
     run = wandb.init(project=config.wandb_project, name=folder.name, id=file.read_text().strip(), resume="allow",
                      dir=str(folder), config=vars(config))
     run.define_metric("*", step_metric="step")
@@ -98,7 +100,7 @@ def open_wandb(folder: Path, config: Config):
 
 
 class Meter:
-    """Rates since the last line of the log."""
+    """Rates of the training steps since the last line of the log; evaluations and checkpoints do not count."""
 
     def __init__(self):
         self._begin, self._samples = time.perf_counter(), 0
@@ -106,12 +108,18 @@ class Meter:
     def add(self, samples: int) -> None:
         self._samples += samples
 
+    @contextmanager
+    def paused(self):
+        begin = time.perf_counter()
+        yield
+        self._begin += time.perf_counter() - begin
+
     def take(self) -> tuple[float, float]:
         """(samples per second, seconds) since the last call."""
         now = time.perf_counter()
-        seconds, samples = now - self._begin, self._samples
+        seconds, samples = max(now - self._begin, 1e-9), self._samples
         self._begin, self._samples = now, 0
-        return samples / max(seconds, 1e-9), seconds
+        return samples / seconds, seconds
 
 
 def duration(seconds: float) -> str:

@@ -41,6 +41,7 @@ from shards.console import UserError
 from shards.dataset import Dataset, Index, load_dataset
 
 
+@launch.peers()
 def main(argv: list[str] | None = None) -> int:
     return train(read_config(argv))
 
@@ -119,7 +120,8 @@ def train(config: Config) -> int:
         if accelerator.is_main_process:
             export(weights, where, architecture=raw_model.pretrained_cfg["architecture"], model_args=_model_args(config),
                    num_classes=len(dataset.classes), label_names=list(dataset.classes), img_size=config.img_size, mean=mean, std=std,
-                   extra={"val_crop": config.val_crop, "crop_pct": config.crop_pct, "step": step, "data": dataset.fingerprint})
+                   crop_mode="squash" if config.val_crop == "squish" else "center", crop_pct=config.crop_pct,
+                   extra={"step": step, "data": dataset.fingerprint})
             thresholds.save(where / "thresholds.json", metric="f1_samples", threshold=result["threshold"], value=result["f1_samples@tuned"])
 
     def save_checkpoint() -> None:
@@ -188,10 +190,11 @@ def train(config: Config) -> int:
             interval_loss.zero_()
             interval_steps = 0
         at_end = samples_seen >= clock.total
-        if val_index is not None and (at_end or clock.passed("eval_every", samples_seen)):
-            evaluate_and_keep_best()
-        if at_end or stopping or clock.passed("checkpoint_every", samples_seen):
-            save_checkpoint()
+        with meter.paused():
+            if val_index is not None and (at_end or clock.passed("eval_every", samples_seen)):
+                evaluate_and_keep_best()
+            if at_end or stopping or clock.passed("checkpoint_every", samples_seen):
+                save_checkpoint()
         if stopping and not at_end:
             log.say(f"stopped at step {step}, checkpoint saved; the same command with --resume auto goes on")
             break

@@ -184,6 +184,10 @@ class Index:
         starts, columns = self._label_values
         return columns[starts[row]:starts[row + 1]]
 
+    def labels_per_row(self) -> np.ndarray:
+        """int64 [len]: how many labels every sample has."""
+        return np.diff(self._label_values[0])
+
     def targets(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """float32 [len(rows), C]: multi-hot labels of the rows."""
         rows = np.asarray(rows, dtype=np.int64)
@@ -264,7 +268,7 @@ def write_index(path: Path, columns: Mapping[str, Sequence]) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path that becomes `path` when the block ends well: a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         with open(temporary, "rb") as file:

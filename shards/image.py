@@ -16,6 +16,7 @@ from shards.console import UserError
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG with a second picture behind it
 TO_PNG = ("BMP", "GIF", "TIFF")
+OPENED = ("JPEG", "PNG", "WEBP", *TO_PNG)  # Pillow finds out about MPO by itself
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 
@@ -98,7 +99,7 @@ def _open(data: bytes) -> Image.Image:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", category=UserWarning)  # odd EXIF is no reason to refuse a picture
         try:
-            return Image.open(io.BytesIO(data), formats=(*EXTENSIONS, *TO_PNG))
+            return Image.open(io.BytesIO(data), formats=OPENED)
         except Image.UnidentifiedImageError:
             raise BadImage("not a picture of a known format (JPEG, PNG, WebP; BMP, GIF, TIFF)") from None
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):

@@ -8,11 +8,10 @@ import argparse
 import errno
 import fcntl
 import json
-import os
 import shutil
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +31,12 @@ from shards.dataset import (
 )
 from shards.image import pack_file
 from shards.plan import Plan, Sample, check_images, make_plan, settle
+from shards.stats import label_summary
 from shards.tar import groups, write_tar
 from shards.workers import default_workers, spread
 
 SHARD_BYTES = 1_000_000_000
+WORKER_BYTES = 100_000_000  # below that a second process costs more to start than it saves
 PLAN_NAME = ".plan"
 EXTRA_FILES = (JSON_NAME, PLAN_NAME, "_info.json", "sizes.json")
 
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     partial = out.with_name(out.name + ".partial")
     plan = make_plan(args)
     _restore(out, partial)
-    if _is_packed(out, plan.hash):
+    if _is_packed(out, plan.hash, overwrite=args.overwrite):
         say(f"already packed: {args.out}")
         _drop(partial)
     else:
@@ -68,9 +69,9 @@ def main(argv: list[str] | None = None) -> int:
         if bad_images is None:
             bad_images = check_images(plan, args.workers)
         samples = settle(plan, bad_images, args)
-        with _building(partial, plan.hash, bad_images) as folder:
-            build(folder, plan, samples, args)
-            _publish(folder, out, partial)
+        with _building(partial, plan.hash, bad_images):
+            build(partial, plan, samples, args)
+            _publish(partial, out)
     _summary(load_dataset(out), args, time.perf_counter() - started)
     return 0
 
@@ -109,26 +110,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def _whole(least: int, most: int | None = None):
-    def whole_number(text: str) -> int:
-        value = int(text)
+def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    bounds = f"a whole number of at least {least}" if most is None else f"a whole number from {least} to {most}"
+
+    def parsed(text: str) -> int:
+        value = int(text) if text.lstrip("-").isdecimal() else least - 1
         if value < least or (most is not None and value > most):
-            raise argparse.ArgumentTypeError(f"{text} is not {f'at least {least}' if most is None else ''}"
-                                             f"{f'from {least} to {most}' if most is not None else ''}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {bounds}")
         return value
-    return whole_number
+    return parsed
 
 
-def _is_packed(out: Path, plan: str) -> bool:
-    """True where OUT is the finished pack of this very plan. Raises UserError where it was, and files are gone."""
+def _is_packed(out: Path, plan: str, *, overwrite: bool) -> bool:
+    """True where OUT is the finished pack of this very plan. Raises UserError where it was, and shards are gone."""
     if not (out / PLAN_NAME).is_file() or (out / PLAN_NAME).read_text() != plan:
         return False
     for split in load_dataset(out).splits.values():
         for shard in split.shards:
             path = out / shard.name
             if not path.is_file() or path.stat().st_size != shard.size:
-                raise UserError(f"{path} is missing or has another size than when it was packed; delete {out} and "
-                                "pack again")
+                if overwrite:
+                    return False
+                raise UserError(f"{path} is missing or has another size than when it was packed; pack again with "
+                                "--overwrite")
     return True
 
 
@@ -170,7 +174,7 @@ def _drop(partial: Path) -> None:
 
 
 @contextmanager
-def _building(partial: Path, plan: str, bad_images: dict[str, str]) -> Iterator[Path]:
+def _building(partial: Path, plan: str, bad_images: dict[str, str]) -> Iterator[None]:
     """OUT.partial, locked, with what a killed run of the same plan has left there; of another plan nothing is kept."""
     if partial.exists() and any(partial.iterdir()) and not (partial / "lock").exists():
         raise UserError(f"{partial} is in the way and not from mlc pack; move it away")
@@ -190,7 +194,7 @@ def _building(partial: Path, plan: str, bad_images: dict[str, str]) -> Iterator[
             write_json(partial / "plan.json", {"plan": plan, "bad_images": bad_images})
         for name in ("pack", "parts"):
             (partial / name).mkdir(exist_ok=True)
-        yield partial
+        yield
 
 
 @contextmanager
@@ -215,8 +219,9 @@ def build(partial: Path, plan: Plan, samples: dict[str, list[Sample]], args: arg
     todo = [task for task in flat if not task.part.exists()]
     if len(todo) < len(flat):
         say(f"{len(flat) - len(todo)} of {len(flat)} shards are there from an earlier run")
+    source_bytes = sum(sample.file.size for task in todo for sample in task.samples)
     with progress("writing shards", len(todo)) as advance:
-        for _ in spread(write_shard, todo, args.workers):
+        for _ in spread(write_shard, todo, min(args.workers, 1 + source_bytes // WORKER_BYTES)):
             advance()
     splits = {split: _write_split(partial / "pack", split, of_split) for split, of_split in tasks.items()}
     dataset = Dataset(partial / "pack", plan.classes, plan.groups, args.folds, splits)
@@ -301,11 +306,11 @@ def _write_companions(dataset: Dataset) -> None:
                                              for shard in split.shards})
 
 
-def _publish(folder: Path, out: Path, partial: Path) -> None:
+def _publish(partial: Path, out: Path) -> None:
     if out.exists():
         out.rename(partial / "replaced")
-    (folder / "pack").rename(out)
-    shutil.rmtree(partial)
+    (partial / "pack").rename(out)
+    shutil.rmtree(partial, ignore_errors=True)  # what a network file system keeps for a moment is dropped next time
 
 
 def _summary(dataset: Dataset, args: argparse.Namespace, seconds: float) -> None:
@@ -315,7 +320,7 @@ def _summary(dataset: Dataset, args: argparse.Namespace, seconds: float) -> None
         splits[name] = {"samples": len(index), "shards": len(split.shards),
                         "bytes": sum(shard.size for shard in split.shards)}
         if index.has_labels:
-            splits[name] |= index.label_summary()
+            splits[name] |= label_summary(index)
     if args.json:
         print(json.dumps({"out": args.out, "fingerprint": dataset.fingerprint, "classes": len(dataset.classes),
                           "groups": {name: len(members) for name, members in dataset.groups.items()},

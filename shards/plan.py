@@ -20,7 +20,8 @@ from shards.table import Columns, Problems, Row, found_classes, read_classes, re
 from shards.tar import MAX_KEY
 from shards.workers import spread
 
-CHECK_CHUNK = 64
+CHECK_CHUNK = 64  # images
+WORKER_CHUNKS = 8  # below that a second process costs more to start than it saves
 PLANNED_FLAGS = ("val_fraction", "folds", "resize", "quality", "shard_size", "seed", "id_column", "labels_column",
                  "caption_column", "label_separator")
 
@@ -82,8 +83,9 @@ def _classes(args: Namespace, train: Sequence[Row], problems: Problems) -> tuple
         return read_classes(Path(args.classes or beside))
     classes = found_classes(row.labels for row in train if not problems.has(row))
     if not classes:
-        raise UserError(f"no row of {args.csv} has a label; name the classes with --classes, or the column with "
-                        "--labels-column")
+        wrong = f"\n{listed(problems.lines())}" if problems else ""
+        raise UserError(f"no good row of {args.csv} has a label; name the classes with --classes, or the column with "
+                        f"--labels-column{wrong}")
     return classes, {}
 
 
@@ -155,7 +157,8 @@ def check_images(plan: Plan, workers: int) -> dict[str, str]:
     chunks = [items[start:start + CHECK_CHUNK] for start in range(0, len(items), CHECK_CHUNK)]
     bad = {}
     with progress("checking images", len(items)) as advance:
-        checks = spread(check_files, [[file.path for _, file in chunk] for chunk in chunks], workers)
+        paths = [[file.path for _, file in chunk] for chunk in chunks]
+        checks = spread(check_files, paths, min(workers, 1 + len(chunks) // WORKER_CHUNKS))
         for chunk, texts in zip(chunks, checks, strict=True):
             advance(len(chunk))
             bad |= {row.image_id: text for (row, _), text in zip(chunk, texts, strict=True) if text}
@@ -171,12 +174,12 @@ def settle(plan: Plan, bad_images: dict[str, str], args: Namespace) -> dict[str,
     for row in plan.files:
         if row.image_id in bad_images:
             problems.add(row.source, row.line, f"image {row.image_id!r}: {bad_images[row.image_id]}")
-    if problems:
-        rows, few = f"{len(problems)} bad rows" if len(problems) > 1 else "1 bad row", len(problems) <= args.skip_bad
-        if not few:
-            raise UserError(f"{rows}, nothing is packed; mend them, or allow as many with --skip-bad "
-                            f"{len(problems)}\n{listed(problems.lines())}")
-        say(f"left out {rows}\n{listed(problems.lines())}")
+    bad = len(problems)
+    if bad > args.skip_bad:
+        raise UserError(f"{bad} bad row{'s' * (bad > 1)}, nothing is packed; mend them, or leave them out with "
+                        f"--skip-bad {bad}\n{listed(problems.lines())}")
+    if bad:
+        say(f"left out {bad} bad row{'s' * (bad > 1)}\n{listed(problems.lines())}")
     good = {split: [row for row in rows if not problems.has(row)] for split, rows in plan.rows.items()}
     return _samples(_split(good, plan, args), plan, args)
 

@@ -2,7 +2,8 @@
 
 Iterative stratification after K. Sechidis, G. Tsoumakas, I. Vlahavas, "On the Stratification of Multi-Label Data",
 ECML PKDD 2011, algorithm 1: the rarest label left is dealt out first, each of its samples to the subset that still
-wants most of that label. One thing is added: a subset that has its number of samples takes no more, so sizes are exact.
+wants most of that label. Two things are added: a subset that has its number of samples takes no more, so sizes are
+exact; and pairs are swapped at the end, because the rarest label alone does not balance samples of many labels.
 """
 
 from collections.abc import Sequence
@@ -51,7 +52,35 @@ def stratified_folds(labels: Sequence[Sequence[int]], fractions: Sequence[float]
     for sample in order:
         if subset[sample] < 0:
             assign(sample, None)
+    _swap(labels, subset, -wanted)
     return subset
+
+
+def _swap(labels: Sequence[Sequence[int]], subset: np.ndarray, excess: np.ndarray) -> None:
+    """Swaps pairs between the two subsets that differ most in a label while the sum of squares of `excess` falls.
+
+    `excess` [labels, K] is how many samples of a label a subset has above its exact share; both are changed in place.
+    """
+    if not len(excess):
+        return
+    counts = np.array([len(row) for row in labels])
+    sample_of = np.repeat(np.arange(len(labels)), counts)
+    column_of = np.concatenate([np.asarray(row, dtype=np.int64) for row in labels])
+    for _ in range(len(labels)):
+        worst = int(np.argmax(np.ptp(excess, axis=1)))
+        if np.abs(excess[worst]).max() <= 1:
+            return
+        rich, poor = int(np.argmax(excess[worst])), int(np.argmin(excess[worst]))
+        pull = np.bincount(sample_of, (excess[:, rich] - excess[:, poor])[column_of], minlength=len(labels))
+        give = int(np.argmax(np.where(subset == rich, pull - counts, -np.inf)))
+        take = int(np.argmin(np.where(subset == poor, pull + counts, np.inf)))
+        changed = np.setxor1d(labels[give], labels[take]).astype(np.int64)
+        if pull[take] - pull[give] + len(changed) >= 0:
+            return
+        subset[give], subset[take] = poor, rich
+        moved = np.where(np.isin(changed, labels[give]), 1, -1)
+        excess[changed, rich] -= moved
+        excess[changed, poor] += moved
 
 
 def _samples_by_label(labels: Sequence[Sequence[int]], order: np.ndarray) -> list[list[int]]:

@@ -146,8 +146,9 @@ def _find_columns(path: Path, header: Sequence[str], columns: Columns, *, need_l
         if names.count(name) > 1:
             raise UserError(f"{path} has {names.count(name)} columns called {name!r}; rename one")
         if name not in names and (role in required or name != getattr(defaults, role)):
+            same = [other for other in names if other.lower() == name.lower()]
             raise UserError(f"{path} has no column {name!r}, it has: {', '.join(names)}"
-                            f"{did_you_mean(name, names)}; name yours with {flag}")
+                            f"{did_you_mean(same[0] if same else name, names)}; name yours with {flag}")
     return {role: names.index(name) for role, name in wanted.items() if name in names}
 
 

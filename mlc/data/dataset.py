@@ -11,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from mlc.data.order import AUGMENT, Draws, locate
-from mlc.data.transforms import EvalTransform, TrainTransform
+from mlc.data.transforms import BadImage, EvalTransform, TrainTransform
 from shards.console import UserError
 from shards.dataset import Dataset, Index, open_index
 
@@ -91,7 +90,7 @@ def decode(reader: TarReader | FolderReader, row: int, transform, draws: Draws |
     """One image as uint8 [H, W, 3]; what is wrong with a file is said with its name."""
     try:
         return transform(reader.read(row), draws)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except BadImage as error:
         raise UserError(f"{reader.name(row)}: cannot be decoded as an image: {error}") from error
 
 

@@ -7,6 +7,7 @@ draw from Python's and numpy's global generators, which are seeded for that one 
 import io
 import math
 import random
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -36,12 +37,7 @@ class TrainTransform:
 
     def __call__(self, data: bytes, draws: Draws) -> np.ndarray:
         """Bytes of an image -> uint8 [size, size, 3]."""
-        image = open_image(data)
-        if self.crop == "rrc":
-            box = random_box(image.size, self.scale, self.ratio, draws)
-        else:
-            box = whole(image.size) if self.crop == "squish" else center_box(image.size, 1.0)
-        image = resized(image, box, self.size)
+        image = decoded(data, self.size, lambda size: self._box(size, draws))
         if draws.uniform() < self.hflip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if draws.uniform() < self.vflip:
@@ -49,6 +45,11 @@ class TrainTransform:
         if self.aa:
             image = _augmented(image, build_aa(self.aa, self.size, self.mean), draws)
         return np.asarray(image)
+
+    def _box(self, size: tuple[int, int], draws: Draws) -> Box:
+        if self.crop == "rrc":
+            return random_box(size, self.scale, self.ratio, draws)
+        return whole(size) if self.crop == "squish" else center_box(size, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +62,20 @@ class EvalTransform:
 
     def __call__(self, data: bytes, draws: Draws | None = None) -> np.ndarray:
         """Bytes of an image -> uint8 [size, size, 3]."""
+        return np.asarray(decoded(data, self.size, whole if self.crop == "squish" else lambda size: center_box(size, self.crop_pct)))
+
+
+class BadImage(Exception):
+    """These bytes are no image that can be decoded."""
+
+
+def decoded(data: bytes, size: int, choose: Callable[[tuple[int, int]], Box]) -> Image.Image:
+    """RGB [size, size] of the box that `choose` picks, given the image's (width, height)."""
+    try:
         image = open_image(data)
-        box = whole(image.size) if self.crop == "squish" else center_box(image.size, self.crop_pct)
-        return np.asarray(resized(image, box, self.size))
+        return resized(image, choose(image.size), size)
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:  # what PIL raises
+        raise BadImage(str(error)) from error
 
 
 def open_image(data: bytes) -> Image.Image:

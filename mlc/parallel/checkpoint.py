@@ -10,6 +10,7 @@ What a run needs to go on is in there and nowhere else, in this order: 1. weight
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_op
 from shards.console import UserError
 
 META = "meta.json"
+# One process is a normal way to train, not something to be warned of at every checkpoint.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 def save(folder: Path, meta: dict[str, Any], *, model: torch.nn.Module, optimizer: torch.optim.Optimizer,

@@ -6,6 +6,8 @@ overwrites the other's files), unless ACCELERATE_USE_CPU is set; so it is set he
 
 import os
 import random
+import sys
+from contextlib import contextmanager
 from datetime import timedelta
 
 import numpy as np
@@ -23,6 +25,8 @@ def start(amp_dtype: str = "auto") -> Accelerator:
     """
     world, local_world = _from_env("WORLD_SIZE"), _from_env("LOCAL_WORLD_SIZE")
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
+    if world > 1 and "MASTER_ADDR" not in os.environ:
+        raise UserError(f"WORLD_SIZE is {world}, but MASTER_ADDR is not set: the processes cannot meet; start them with `accelerate launch` or torchrun")
     if on_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
@@ -60,6 +64,18 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
+
+
+@contextmanager
+def peers():
+    """Around a program: when another process fails, this one says so in a line instead of a traceback of its own."""
+    try:
+        yield
+    except RuntimeError as error:
+        if any(word in str(error) for word in ("closed by peer", "reset by peer", "Broken pipe")):
+            print(f"[rank {os.environ.get('RANK', 0)}] stopped: another process failed, its error is the one to read", file=sys.stderr)
+            os._exit(1)  # the process group is broken: an orderly exit would wait for the others
+        raise
 
 
 def all_sum(values: torch.Tensor) -> torch.Tensor:

@@ -212,7 +212,7 @@ def test_labels_are_what_is_shown():
 
 
 def test_wrong_labels_are_recorded_and_only_in_train(tmp_path):
-    out = make(tmp_path / "out", "--samples", "600", "--size", "32", "-j", "2")
+    out = make(tmp_path / "out", "--samples", "600", "--size", "32")
     train, wrong = read(out / "train.csv"), read(out / "wrong_labels.csv")
     assert 0.015 < len(wrong) / len(train) < 0.075
     written = {row["ImageID"]: row["Labels"] for row in train}

@@ -1,0 +1,184 @@
+"""Any timm backbone by name, for any image size and number of classes, with weights from timm or from a file.
+
+timm answers a wrong name, size or file in many ways, some of them silent (weights that do not fit are skipped). Here
+each is one line that says what to change, and a weight is either loaded or named as not loaded.
+"""
+
+import difflib
+import re
+import sys
+from pathlib import Path
+
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.models import get_deprecated_models, get_pretrained_cfg, load_state_dict
+from torch import nn
+
+from mlc.models.heads import HEADS
+from shards.console import UserError, did_you_mean, listed, say
+
+# What timm and torch raise for arguments, a size or weights that make no model: they check little and fail anywhere.
+_REFUSALS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
+
+
+def build_model(
+    *,
+    name: str,
+    num_classes: int,
+    img_size: int | None = None,
+    head: str = "linear",
+    pretrained: bool = False,
+    pretrained_path: str | Path | None = None,
+    drop: float = 0.0,
+    drop_path: float = 0.0,
+    model_kwargs: dict | None = None,
+    grad_checkpointing: bool = False,
+) -> nn.Module:
+    """A timm model in training mode: float [B, 3, H, W], normalised -> logits [B, num_classes].
+
+    name: timm's, with or without a tag, older timm names, or `NAME_linear` for the `extra_linear` head.
+    img_size: pixels of a side, given to backbones that are built for one size (Swin, ViT); others take any size.
+    pretrained, pretrained_path: timm's published weights, or a file in their place (see `load_weights`).
+    drop, drop_path: rates of dropout before the classifier and of stochastic depth.
+    model_kwargs: further arguments of the timm model; they win over the above.
+    UserError for an unknown name or head, arguments that the backbone refuses, and weights out of reach.
+    """
+    name, head = resolve_name(name, head)
+    optional = {"img_size": img_size, "drop_rate": drop, "drop_path_rate": drop_path}
+    asked = {key: value for key, value in optional.items() if value and key != "img_size"} | (model_kwargs or {})
+    # Not every backbone knows these: a size is a wish, and a rate of 0 is what a backbone without the argument does.
+    wished = {key: value for key, value in optional.items() if value is not None and key not in asked}
+
+    def create(outputs: int | None) -> nn.Module:
+        published = pretrained and not pretrained_path
+        model = _create(name, {**asked, "num_classes": outputs, "pretrained": published}, wished)
+        if pretrained_path:
+            load_weights(model, pretrained_path)
+        return model
+
+    model = HEADS[head](create, num_classes)
+    if grad_checkpointing:
+        _checkpoint_gradients(model, name)
+    return model
+
+
+def resolve_name(name: str, head: str = "linear") -> tuple[str, str]:
+    """(timm's current name, head). UserError with near names when timm does not know it, or for an unknown head."""
+    if head not in HEADS:
+        raise UserError(f"unknown head {head!r}: choose one of {', '.join(HEADS)}{did_you_mean(head, list(HEADS))}")
+    bare = name.removesuffix("_linear")
+    if bare != name and not timm.is_model(name) and timm.is_model(bare):
+        name, head = bare, "extra_linear"
+    name = get_deprecated_models().get(name) or name
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        near = ", ".join(difflib.get_close_matches(architecture, timm.list_models(), n=5))
+        raise UserError(f"timm {timm.__version__} has no model {name!r}" + (f"; near it: {near}" if near else ""))
+    tags = [known.partition(".")[2] for known in timm.list_models(architecture, include_tags=True)]
+    if tag and tag not in tags:
+        raise UserError(f"{architecture} has no weights tagged {tag!r}; there are: {', '.join(filter(None, tags))}")
+    return name, head
+
+
+def _create(name: str, asked: dict, wished: dict) -> nn.Module:
+    """timm.create_model(name, **asked, **wished); a wish whose argument the backbone lacks is dropped and left in
+    `model.not_taken` for the export, which must not write it down.
+    """
+    wished, not_taken = dict(wished), []
+    while True:
+        try:
+            model = timm.create_model(name, **asked, **wished)
+            model.not_taken = tuple(not_taken)
+            return model
+        except OSError as error:
+            raise UserError(_out_of_reach(name, error)) from error
+        except _REFUSALS as error:
+            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if unknown is None or unknown[1] not in wished:
+                given = ", ".join(f"{key}={value}" for key, value in (asked | wished).items() if value is not None)
+                raise UserError(f"timm cannot build {name} with {given}: {_first_line(error)}") from error
+            del wished[unknown[1]]
+            not_taken.append(unknown[1])
+
+
+def _out_of_reach(name: str, error: OSError) -> str:
+    source = get_pretrained_cfg(name)
+    where = source.hf_hub_id or source.url or name
+    return (f"the pretrained weights {where} are not in the local cache and their hub could not be reached "
+            f"({type(error).__name__}); download them elsewhere and give --pretrained-path FILE")
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) or type(error).__name__
+
+
+def _checkpoint_gradients(model: nn.Module, name: str) -> None:
+    try:
+        model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError) as error:
+        raise UserError(f"{name} has no gradient checkpointing in timm; leave --grad-checkpointing out") from error
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Loads published or trained weights of the same backbone into a model from `_create`.
+
+    Reads .safetensors, or .pth with `weights_only=True`; a checkpoint's nested `state_dict_ema`, `model_ema`,
+    `state_dict` or `model`, in this order; names with the prefixes of DDP and torch.compile. Weights made for another
+    image or window size are resampled by timm's own `checkpoint_filter_fn` of the backbone. A classifier of another
+    width is left out, with a line that says so. UserError for an unreadable file, and with a list for any other weight
+    that is missing, left over or of another shape.
+    """
+    state = _resampled(_read(Path(path)), model, path)
+    head = _classifier_parameters(model)
+    note = _drop_other_classifier(state, model, head)
+    own = model.state_dict()
+    problems = [f"{key} is {list(state[key].shape)} in the file and {list(own[key].shape)} in the model"
+                for key in own if key in state and state[key].shape != own[key].shape]
+    if not problems:
+        result = model.load_state_dict(state, strict=False)
+        problems += [f"{key} is not in the file" for key in result.missing_keys if key not in head]
+        problems += [f"{key} is not in the model" for key in result.unexpected_keys]
+    if problems:
+        raise UserError(f"{path} does not fit {model.pretrained_cfg['architecture']} ({len(problems)} weights):\n"
+                        f"{listed(problems, 10)}")
+    if note:
+        say(f"{path}: {note}")
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise UserError(f"--pretrained-path {path}: no such file")
+    try:
+        state = load_state_dict(str(path))
+    except (SafetensorError, OSError, EOFError, *_REFUSALS) as error:
+        raise UserError(f"--pretrained-path {path}: cannot be read as weights: {_first_line(error)}") from error
+    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"--pretrained-path {path}: holds something else than weights by name")
+    return state
+
+
+def _resampled(state: dict[str, torch.Tensor], model: nn.Module, path: str | Path) -> dict[str, torch.Tensor]:
+    adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if adapt is None:
+        return state
+    try:
+        return dict(adapt(state, model))
+    except _REFUSALS as error:
+        raise UserError(f"{path} does not fit {model.pretrained_cfg['architecture']}: {_first_line(error)}") from error
+
+
+def _classifier_parameters(model: nn.Module) -> set[str]:
+    names = model.pretrained_cfg.get("classifier") or ()
+    return {f"{name}.{part}" for name in ([names] if isinstance(names, str) else names) for part in ("weight", "bias")}
+
+
+def _drop_other_classifier(state: dict[str, torch.Tensor], model: nn.Module, head: set[str]) -> str:
+    """Takes a classifier of another width out of `state`; a line about it, or nothing where it fits."""
+    own = model.state_dict()
+    if all(key in state and state[key].shape == own[key].shape for key in head & own.keys()):
+        return ""
+    widths = {len(state.pop(key)) for key in head & state.keys()}
+    found = f"its classifier has {', '.join(map(str, sorted(widths)))} outputs" if widths else "it has no classifier"
+    return f"{found}, this model has {model.num_classes}: a new classifier is trained"

@@ -1,0 +1,119 @@
+"""Weights leave a run as plain timm: `model.safetensors` and `config.json` in the layout of timm's hub models, so that
+
+    timm.create_model("local-dir:runs/NAME/best", pretrained=True)
+
+gives the same logits without this package, and no pickle is ever opened to read them.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import timm
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mlc.models.heads import fold
+from shards.console import UserError
+
+_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+_FIX = "give a folder with exported weights, such as RUN/best"
+_REQUIRED = ("architecture", "num_classes", "label_names", "pretrained_cfg")
+
+
+def export(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    architecture: str,
+    model_args: dict,
+    num_classes: int,
+    label_names: Sequence[str],
+    img_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    extra: dict,
+    crop_mode: str = "squash",
+    crop_pct: float = 1.0,
+) -> None:
+    """Writes `model.safetensors` and `config.json` into `folder`, each whole or not at all.
+
+    model: the bare model from `build_model` or its EMA; an `extra_linear` head is folded into timm's one classifier.
+    architecture: timm's name without a tag, `model.pretrained_cfg["architecture"]`.
+    model_args: arguments that timm needs to build it again (`img_size` of a backbone that takes none is left out).
+    label_names: [num_classes], in the order of the logits.
+    img_size, mean, std, crop_mode, crop_pct: preprocessing in timm's terms (pixels; RGB in 0..1), for timm's
+        `resolve_data_config`; "squash" is the whole image squeezed to a square.
+    extra: kept under "mlc" in `config.json`, for our own use.
+    """
+    assert len(label_names) == num_classes, f"{len(label_names)} label names for {num_classes} classes"
+    source = model.pretrained_cfg
+    config = {
+        "architecture": architecture,
+        "num_classes": num_classes,
+        "label_names": list(label_names),
+        "model_args": {key: value for key, value in model_args.items() if key not in getattr(model, "not_taken", ())},
+        "pretrained_cfg": {
+            "input_size": [3, img_size, img_size],
+            "fixed_input_size": source.get("fixed_input_size", False),
+            "interpolation": source.get("interpolation", "bicubic"),
+            "crop_pct": crop_pct,
+            "crop_mode": crop_mode,
+            "mean": list(mean),
+            "std": list(std),
+            "num_classes": num_classes,
+            "pool_size": None,
+            "first_conv": source.get("first_conv"),
+            "classifier": source.get("classifier"),
+        },
+        "mlc": extra,
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = fold(model.state_dict(), source.get("classifier"))
+    building = folder / f".{_WEIGHTS}"
+    save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, building, {"format": "pt"})
+    os.replace(building, folder / _WEIGHTS)
+    building = folder / f".{_CONFIG}"
+    building.write_text(json.dumps(config, indent=2) + "\n")
+    os.replace(building, folder / _CONFIG)
+
+
+def load_exported(folder: str | Path) -> tuple[nn.Module, dict]:
+    """(model in eval mode on the CPU, the content of its `config.json`) from a folder that `export` wrote.
+
+    The preprocessing is in `config["pretrained_cfg"]`, the class names are `config["label_names"]`. UserError for a
+    file that is missing, damaged or does not fit the other.
+    """
+    folder = Path(folder)
+    config = _read_config(folder / _CONFIG)
+    try:
+        args = {**config.get("model_args", {}), "num_classes": config["num_classes"], "pretrained": False}
+        model = timm.create_model(config["architecture"], **args)
+    except (TypeError, ValueError, LookupError, AttributeError, AssertionError, RuntimeError) as error:
+        raise UserError(f"{folder / _CONFIG}: timm {timm.__version__} cannot build this model: {error}") from error
+    weights = folder / _WEIGHTS
+    try:
+        model.load_state_dict(load_file(weights))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{weights}: missing or damaged ({error}); {_FIX}") from error
+    except RuntimeError as error:
+        raise UserError(f"{weights} does not fit the {_CONFIG} beside it: {error}") from error
+    return model.eval(), config
+
+
+def _read_config(path: Path) -> dict:
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: missing or damaged ({error}); {_FIX}") from error
+    missing = [key for key in _REQUIRED if key not in config]
+    if missing:
+        raise UserError(f"{path}: no {missing[0]!r} in it; {_FIX}")
+    if not timm.is_model(str(config["architecture"])):
+        raise UserError(f"{path}: timm {timm.__version__} has no model {config['architecture']!r}")
+    if len(config["label_names"]) != config["num_classes"]:
+        raise UserError(f"{path}: {len(config['label_names'])} label names for {config['num_classes']} classes")
+    return config

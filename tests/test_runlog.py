@@ -1,0 +1,62 @@
+import csv
+import json
+
+import pytest
+
+from mlc.config import Config
+from mlc.runlog import RunLog, duration, read_log
+
+
+def write_steps(log: RunLog, steps) -> None:
+    for step in steps:
+        log.write(step=step, samples_seen=step * 8, epoch=step / 10, **{"train/loss": 1 / step})
+        if step % 4 == 0:
+            log.write(step=step, samples_seen=step * 8, epoch=step / 10, **{"val/map": step / 100})
+
+
+def test_a_resumed_log_has_every_step_once(tmp_path):
+    log = RunLog(tmp_path, Config(), enabled=True, resumed_step=None)
+    write_steps(log, range(1, 8))
+    log.close()
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 8, "train/lo')  # the crash cut this line
+    log = RunLog(tmp_path, Config(), enabled=True, resumed_step=5)
+    write_steps(log, range(6, 10))
+    log.close()
+    assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9]
+
+
+def test_summary_has_a_row_per_evaluation_with_the_training_values_before_it(tmp_path):
+    log = RunLog(tmp_path, Config(), enabled=True, resumed_step=None)
+    write_steps(log, range(1, 9))
+    log.close()
+    rows = list(csv.DictReader((tmp_path / "summary.csv").open()))
+    assert [(row["step"], row["val/map"], row["train/loss"]) for row in rows] == [("4", "0.04", "0.25"), ("8", "0.08", "0.125")]
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    log = RunLog(tmp_path / "run", Config(), enabled=False, resumed_step=None)
+    log.write(step=1)
+    log.say("hello")
+    log.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_offline_is_one_run_through_a_resume(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = Config(log_wandb=True)
+    ids = []
+    for resumed, steps in ((None, range(1, 5)), (4, range(5, 9))):
+        log = RunLog(tmp_path, config, enabled=True, resumed_step=resumed)
+        ids.append(log._wandb.id)
+        write_steps(log, steps)
+        log.close()
+    assert ids[0] == ids[1] == (tmp_path / "wandb_id").read_text()
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 2  # two files of one id, which `wandb sync` joins
+    assert [line["step"] for line in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines()) if "train/loss" in line] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("seconds, text", [(3, "3s"), (200, "3m20s"), (3840, "1h04m")])
+def test_duration(seconds, text):
+    assert duration(seconds) == text

@@ -29,6 +29,7 @@ def dispatch(argv: list[str]) -> int | None:
         return 0
     if argv[0] == "--version":
         from mlc import __version__
+
         print(f"mlc {__version__}")
         return 0
     verb, rest = argv[0], argv[1:]

@@ -28,11 +28,21 @@ def main(argv: list[str] | None = None) -> None:
     weights = weights_folder(options.run, options.weights)
     model, info = load_exported(weights)
     if info["label_names"] != list(dataset.classes):
-        raise UserError(f"{options.data} has other classes than the run {options.run}; evaluate on the data it was trained for")
+        raise UserError(
+            f"{options.data} has other classes than the run {options.run}; evaluate on the data it was trained for"
+        )
 
     reader = TarReader(index)
-    scores = predict(model.to(accelerator.device), info, reader, accelerator, batch_size=options.batch_size, workers=options.workers,
-                     views=views, title=f"evaluate {options.split}")
+    scores = predict(
+        model.to(accelerator.device),
+        info,
+        reader,
+        accelerator,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        views=views,
+        title=f"evaluate {options.split}",
+    )
     if accelerator.is_main_process:
         rule = thresholds.load(weights / "thresholds.json")
         results = score(scores, index, dataset, rule)
@@ -52,8 +62,7 @@ def main(argv: list[str] | None = None) -> None:
 def score(scores: np.ndarray, index, dataset, rule: dict) -> dict[str, float]:
     """All metrics at threshold 0.5, at the best threshold of this split (`@tuned`) and at the run's own (`@run`)."""
     target = index.targets(np.arange(len(index))) > 0.5
-    columns = {group: [dataset.classes.index(name) for name in names] for group, names in dataset.groups.items()}
-    results = dict(multilabel.evaluate(scores, target, threshold=0.5, groups=columns))
+    results = dict(multilabel.evaluate(scores, target, threshold=0.5, groups=dataset.group_columns))
     results["f1_samples@run"] = multilabel.f1_samples(thresholds.apply(scores, rule), target)
     # What the prevalence alone gives: every sample gets the classes that more than half of the samples have.
     common = np.broadcast_to(target.mean(0) > 0.5, target.shape)
@@ -71,10 +80,15 @@ def _print_table(results: dict[str, float], title: str) -> None:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="mlc eval", description="Scores a run on a split that has labels.",
-                    epilog="example: mlc eval --run runs/demo --data data/demo-shards --split val --json")
+    parser = Parser(
+        prog="mlc eval",
+        description="Scores a run on a split that has labels.",
+        epilog="example: mlc eval --run runs/demo --data data/demo-shards --split val --json",
+    )
     parser.add_argument("--run", required=True, help="folder of the run, or of exported weights")
-    parser.add_argument("--weights", choices=("best", "last"), default="best", help="which weights of the run (default: best)")
+    parser.add_argument(
+        "--weights", choices=("best", "last"), default="best", help="which weights of the run (default: best)"
+    )
     parser.add_argument("--data", required=True, help="packed data set")
     parser.add_argument("--split", default="val", help="split of --data (default: val)")
     parser.add_argument("--tta", default="", help="views to average, comma-separated: hflip, scale")

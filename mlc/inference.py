@@ -1,7 +1,7 @@
 """Logits of every row exactly once, on all processes: what evaluation and prediction have in common.
 
-Rows go through the model in fixed blocks, block b on rank b mod W, padded at the end and masked. A row therefore always meets the
-same neighbours, and the results do not depend on the number of processes.
+Rows go through the model in fixed blocks, block b on rank b mod W, padded at the end and masked. A row therefore always
+meets the same neighbours, and the results do not depend on the number of processes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +29,7 @@ def zoom(image: torch.Tensor) -> torch.Tensor:
     height, width = image.shape[-2:]
     h, w = round(height / ZOOM), round(width / ZOOM)
     top, left = (height - h) // 2, (width - w) // 2
-    center = image[..., top:top + h, left:left + w]
+    center = image[..., top : top + h, left : left + w]
     return F.interpolate(center, size=(height, width), mode="bicubic", align_corners=False)
 
 
@@ -51,9 +51,18 @@ def tta_views(spec: str) -> list[View]:
 
 
 @torch.no_grad()
-def logits_of_rows(model: torch.nn.Module, dataset: EvalDataset, accelerator: Accelerator, *, batch_size: int, workers: int,
-                   mean: Sequence[float], std: Sequence[float], views: Sequence[View] = (lambda image: image,),
-                   title: str = "") -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def logits_of_rows(
+    model: torch.nn.Module,
+    dataset: EvalDataset,
+    accelerator: Accelerator,
+    *,
+    batch_size: int,
+    workers: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    views: Sequence[View] = (lambda image: image,),
+    title: str = "",
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields (row int64 [M], logits float32 [M, views, C]) on every process; together they are all rows, each once."""
     was_training = model.training
     model.eval()

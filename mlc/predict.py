@@ -1,6 +1,7 @@
 """Prediction: every sample once, whatever the number of processes, as a table of probabilities and a submission.
 
-`runs/NAME/predictions/SPLIT.csv` has `ImageID` and one probability per class; `submission.csv` beside it has `ImageID,Labels`.
+`runs/NAME/predictions/SPLIT.csv` has `ImageID` and one probability per class, `submission.csv` beside it
+`ImageID,Labels`.
 """
 
 import csv
@@ -27,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("give either --data DIR (packed shards) or --images DIR (a folder of images)")
     views = tta_views(options.tta)
 
-    # ---- Launch: one CPU thread per process, since the rounding of a matrix product may depend on the number of threads
+    # ---- Launch: one CPU thread per process, since the rounding of a product may depend on the number of threads
     accelerator = launch.start(options.amp_dtype)
     if accelerator.device.type == "cpu":
         torch.set_num_threads(1)
@@ -38,8 +39,16 @@ def main(argv: list[str] | None = None) -> None:
     reader, name = _open(options, classes)
 
     # ---- Predict
-    scores = predict(model.to(accelerator.device), info, reader, accelerator, batch_size=options.batch_size,
-                     workers=options.workers, views=views, title=f"predict {name}")
+    scores = predict(
+        model.to(accelerator.device),
+        info,
+        reader,
+        accelerator,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        views=views,
+        title=f"predict {name}",
+    )
 
     # ---- Write
     if accelerator.is_main_process:
@@ -48,8 +57,10 @@ def main(argv: list[str] | None = None) -> None:
         ids = [reader.image_id(row) for row in range(len(reader))]
         write_probabilities(folder / f"{name}.csv", ids, classes, scores)
         write_submission(folder / "submission.csv", ids, classes, thresholds.apply(scores, rule))
-        say(f"{len(ids)} samples x {len(views)} view{'s' * (len(views) > 1)}, threshold {rule['global']:.4f}: "
-            f"{folder / f'{name}.csv'} and {folder / 'submission.csv'}")
+        say(
+            f"{len(ids)} samples x {len(views)} view{'s' * (len(views) > 1)}, threshold {rule['global']:.4f}: "
+            f"{folder / f'{name}.csv'} and {folder / 'submission.csv'}"
+        )
     accelerator.end_training()
 
 
@@ -59,14 +70,25 @@ def predict(model, info, reader, accelerator, *, batch_size, workers, views, tit
     crop = "squish" if config["crop_mode"] == "squash" else "center"
     transform = EvalTransform(size=config["input_size"][-1], crop=crop, crop_pct=config["crop_pct"])
     scores = np.full((len(reader), len(info["label_names"])), np.nan, np.float32)
-    for rows, logits in logits_of_rows(model, EvalDataset(reader, transform), accelerator, batch_size=batch_size, workers=workers,
-                                       mean=config["mean"], std=config["std"], views=views, title=title):
+    for rows, logits in logits_of_rows(
+        model,
+        EvalDataset(reader, transform),
+        accelerator,
+        batch_size=batch_size,
+        workers=workers,
+        mean=config["mean"],
+        std=config["std"],
+        views=views,
+        title=title,
+    ):
         assert np.isnan(scores[rows]).all(), "a row was predicted twice"
         scores[rows] = probabilities(logits)
     missing = np.isnan(scores).any(axis=1)
     if missing.any():
-        raise UserError(f"{reader.name(int(missing.argmax()))}: the model's output is not a number ({missing.sum()} samples); "
-                        f"try --amp-dtype none")
+        raise UserError(
+            f"{reader.name(int(missing.argmax()))}: the model's output is not a number ({missing.sum()} samples); "
+            f"try --amp-dtype none"
+        )
     return scores
 
 
@@ -99,8 +121,12 @@ def _rule(options) -> dict:
 
 
 def write_probabilities(path: Path, ids: Sequence[str], classes: Sequence[str], scores: np.ndarray) -> None:
-    """`ImageID` and a column per class, nine digits (a float32 to the last bit), in row order; written whole or not at all."""
-    _write(path, ["ImageID", *classes], ([image_id, *(f"{p:.9g}" for p in row)] for image_id, row in zip(ids, scores, strict=True)))
+    """`ImageID` and a column per class, nine digits (a float32 to the last bit), in row order; written whole."""
+    _write(
+        path,
+        ["ImageID", *classes],
+        ([image_id, *(f"{p:.9g}" for p in row)] for image_id, row in zip(ids, scores, strict=True)),
+    )
 
 
 def write_submission(path: Path, ids: Sequence[str], classes: Sequence[str], predicted: np.ndarray) -> None:
@@ -120,23 +146,42 @@ def _write(path: Path, header: list[str], rows) -> None:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="mlc predict", description="Predicts every sample of a split, or every image of a folder, exactly once.",
-                    epilog="example: accelerate launch --config_file accelerate_config.yaml -m mlc predict --run runs/demo "
-                           "--data data/demo-shards --split test --tta hflip")
+    parser = Parser(
+        prog="mlc predict",
+        description="Predicts every sample of a split, or every image of a folder, exactly once.",
+        epilog="example: accelerate launch --config_file accelerate_config.yaml -m mlc predict --run runs/demo "
+        "--data data/demo-shards --split test --tta hflip",
+    )
     parser.add_argument("--run", required=True, help="folder of the run, or of exported weights")
-    parser.add_argument("--weights", choices=("best", "last"), default="best", help="which weights of the run (default: best)")
+    parser.add_argument(
+        "--weights", choices=("best", "last"), default="best", help="which weights of the run (default: best)"
+    )
     parser.add_argument("--data", help="packed data set")
     parser.add_argument("--split", default="test", help="split of --data (default: test)")
     parser.add_argument("--images", help="folder of images that nobody packed, instead of --data")
-    parser.add_argument("--tta", default="", help="views to average, comma-separated, every combination: hflip, scale (the middle, 1.15 x larger)")
-    parser.add_argument("--threshold", type=float, help="predict a class above this probability (default: the run's thresholds.json)")
+    parser.add_argument(
+        "--tta",
+        default="",
+        help="views to average, comma-separated, every combination: hflip, scale (the middle, 1.15 x larger)",
+    )
+    parser.add_argument(
+        "--threshold", type=float, help="predict a class above this probability (default: the run's thresholds.json)"
+    )
     parser.add_argument("--out", help="folder of the output (default: predictions/ in the run)")
     add_compute_flags(parser)
     return parser
 
 
 def add_compute_flags(parser: Parser) -> None:
-    parser.add_argument("-b", "--batch-size", type=int, default=32, help="images per device and forward pass (default: 32)")
-    parser.add_argument("-j", "--workers", type=int, default=2, help="processes that decode images, per device (default: 2)")
-    parser.add_argument("--amp-dtype", choices=("auto", "none", "bf16", "fp16"), default="auto",
-                        help="autocast; auto takes the launcher's --mixed_precision on a GPU and none on a CPU")
+    parser.add_argument(
+        "-b", "--batch-size", type=int, default=32, help="images per device and forward pass (default: 32)"
+    )
+    parser.add_argument(
+        "-j", "--workers", type=int, default=2, help="processes that decode images, per device (default: 2)"
+    )
+    parser.add_argument(
+        "--amp-dtype",
+        choices=("auto", "none", "bf16", "fp16"),
+        default="auto",
+        help="autocast; auto takes the launcher's --mixed_precision on a GPU and none on a CPU",
+    )

@@ -2,16 +2,26 @@
 
 import csv
 import json
-import os
+import resource
 import secrets
+import sys
 import time
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from rich.console import Console
 
-from mlc.config import Config, write_yaml
+from mlc.clock import Clock
+from mlc.config import Config
+from mlc.data.dataset import Batch
+from mlc.flags import write_yaml
+from shards.dataset import Index
 
 
 class RunLog:
@@ -93,8 +103,14 @@ def open_wandb(folder: Path, config: Config):
     file = folder / "wandb_id"
     if not file.exists():
         file.write_text(secrets.token_hex(4))
-    run = wandb.init(project=config.wandb_project, name=folder.name, id=file.read_text().strip(), resume="allow",
-                     dir=str(folder), config=vars(config))
+    run = wandb.init(
+        project=config.wandb_project,
+        name=folder.name,
+        id=file.read_text().strip(),
+        resume="allow",
+        dir=str(folder),
+        config=vars(config),
+    )
     run.define_metric("*", step_metric="step")
     return run
 
@@ -129,12 +145,84 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
 
 
-def memory_gb(device) -> float:
+def memory_gb(device: torch.device) -> float:
     """Peak memory of this process: on the GPU, or resident on a CPU; GiB."""
-    import resource
-
-    import torch
-
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30 / (1024 if os.uname().sysname == "Darwin" else 1)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class SampleLog:
+    """`--log-samples`: which images, seen how, made each step; one JSON line per step on rank 0."""
+
+    def __init__(self, path: Path, index: Index, accelerator: Accelerator, *, resumed_step: int):
+        self._index, self._accelerator, self._rows = index, accelerator, []
+        self._file = None
+        if accelerator.is_main_process:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kept = (
+                [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= resumed_step]
+                if path.exists()
+                else []
+            )
+            self._file = path.open("w", buffering=1)
+            self._file.writelines(line + "\n" for line in kept)
+
+    def add(self, batch: Batch, lam: torch.Tensor | None) -> None:
+        """Takes one micro-batch: position, row, crc32 of the augmented uint8 image, own share of the mix."""
+        image = batch["image"].cpu().numpy()
+        shares = [1.0] * len(image) if lam is None else lam.tolist()
+        crcs = [zlib.crc32(np.ascontiguousarray(pixels)) for pixels in image]
+        self._rows += zip(batch["position"].tolist(), batch["row"].tolist(), crcs, shares, strict=True)
+
+    def write(self, step: int) -> None:
+        rows = sorted(gather_object(self._rows))
+        self._rows = []
+        if self._file:
+            keys = {position: self._index.key(row) for position, row, _, _ in rows}
+            partners = [keys[position ^ 1] if share < 1 else None for position, _, _, share in rows]
+            self._file.write(
+                json.dumps(
+                    {
+                        "step": step,
+                        "first_position": rows[0][0],
+                        "keys": list(keys.values()),
+                        "crc32": [row[2] for row in rows],
+                        "partner": partners,
+                        "lambda": [round(row[3], 7) for row in rows],
+                    }
+                )
+                + "\n"
+            )
+
+
+# ---- lines for people ------------------------------------------------------------------------------------------------
+
+
+def training_line(line: dict[str, float], clock: Clock) -> str:
+    left = (clock.total - line["samples_seen"]) / line["train/img_per_sec"]
+    parts = (
+        f"step {line['step']}/{clock.steps} ({line['samples_seen'] / clock.total:4.0%})",
+        f"epoch {line['epoch']:.2f}",
+        f"loss {line['train/loss']:.4f}",
+        f"lr {line['train/lr']:.2e}",
+        f"grad {line['train/grad_norm']:.2f}",
+        f"{line['train/img_per_sec']:.0f} img/s",
+        f"wait {line['data/wait_frac']:.0%}",
+        f"mem {line['sys/mem_gb']:.1f} GB",
+        f"left {duration(left)}",
+    )
+    return "  ".join(parts)
+
+
+def evaluation_line(step: int, name: str, result: dict[str, float]) -> str:
+    """`name` is `val` or `val_ema`."""
+    parts = (
+        f"step {step}  {name}: loss {result['loss']:.4f}",
+        f"mAP {result['map']:.4f}",
+        f"F1 samples {result['f1_samples']:.4f} (tuned {result['f1_samples@tuned']:.4f} at {result['threshold']:.2f})",
+        f"micro {result['f1_micro']:.4f}",
+        f"macro {result['f1_macro']:.4f}",
+    )
+    return "  ".join(parts)

@@ -1,4 +1,4 @@
-"""What every verb shares when it talks to a person: one-line errors, strict arguments, progress that keeps quiet in logs.
+"""What every verb shares when it talks to a person: one-line errors, strict arguments, progress quiet in logs.
 
 A mistake of the user's ends as one line on stderr and exit code 2; a traceback means a defect of ours.
 """
@@ -84,8 +84,13 @@ def progress(title: str, total: int, *, enabled: bool = True):
         return
     from rich.console import Console
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=total)
         yield lambda n=1: bar.advance(task, n)

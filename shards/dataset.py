@@ -25,19 +25,21 @@ VERSION = 1
 PACKER = "mlc 0.1.0"
 JSON_NAME = "dataset.json"
 
-SCHEMA = pa.schema([
-    ("key", pa.large_string()),
-    ("image_id", pa.large_string()),
-    ("shard", pa.int32()),
-    ("offset", pa.int64()),
-    ("size", pa.int64()),
-    ("ext", pa.string()),
-    ("labels", pa.large_list(pa.int32())),
-    ("caption", pa.large_string()),
-    ("fold", pa.int16()),
-    ("weight", pa.float32()),
-    ("crc32", pa.uint32()),
-])
+SCHEMA = pa.schema(
+    [
+        ("key", pa.large_string()),
+        ("image_id", pa.large_string()),
+        ("shard", pa.int32()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("ext", pa.string()),
+        ("labels", pa.large_list(pa.int32())),
+        ("caption", pa.large_string()),
+        ("fold", pa.int16()),
+        ("weight", pa.float32()),
+        ("crc32", pa.uint32()),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,11 @@ class Dataset:
         shards = {name: [shard.sha256 for shard in split.shards] for name, split in sorted(self.splits.items())}
         text = json.dumps([self.classes, shards], ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def group_columns(self) -> dict[str, list[int]]:
+        """The columns of each group's classes."""
+        return {group: [self.classes.index(name) for name in names] for group, names in self.groups.items()}
 
     def split(self, name: str) -> Split:
         """Raises UserError, listing the splits there are, for an unknown name."""
@@ -117,8 +124,10 @@ class Index:
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{self.path} is damaged ({error}); pack or index the data set again") from None
         if batch is None or batch.schema != SCHEMA or batch.num_rows != self._num_rows:
-            raise UserError(f"{self.path} does not belong to the {JSON_NAME} beside it (other columns or another "
-                            f"number of rows than {self._num_rows}); pack or index the data set again")
+            raise UserError(
+                f"{self.path} does not belong to the {JSON_NAME} beside it (other columns or another "
+                f"number of rows than {self._num_rows}); pack or index the data set again"
+            )
         return batch
 
     def _numbers(self, column: str) -> np.ndarray:
@@ -172,7 +181,7 @@ class Index:
         return self.batch.column("image_id")[int(row)].as_py()
 
     def caption(self, row: int) -> str:
-        """"" where the sample has none."""
+        """ "" where the sample has none."""
         return self.batch.column("caption")[int(row)].as_py()
 
     def ext(self, row: int) -> str:
@@ -182,7 +191,7 @@ class Index:
     def labels(self, row: int) -> np.ndarray:
         """int32 [labels of the row]: class columns, ascending; empty where the split has no labels."""
         starts, columns = self._label_values
-        return columns[starts[row]:starts[row + 1]]
+        return columns[starts[row] : starts[row + 1]]
 
     def labels_per_row(self) -> np.ndarray:
         """int64 [len]: how many labels every sample has."""
@@ -221,8 +230,10 @@ def load_dataset(path: str | Path) -> Dataset:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise UserError(f"{file} is not a packed data set (its format is not {FORMAT!r}); `mlc pack` writes one")
     if data.get("version") != VERSION:
-        raise UserError(f"{file} has format version {data.get('version')}, this program reads {VERSION}; "
-                        f"use the program that wrote it ({data.get('packer', 'unknown')}) or pack again")
+        raise UserError(
+            f"{file} has format version {data.get('version')}, this program reads {VERSION}; "
+            f"use the program that wrote it ({data.get('packer', 'unknown')}) or pack again"
+        )
     try:
         return _dataset(root, data)
     except (KeyError, TypeError, AttributeError) as error:
@@ -230,9 +241,15 @@ def load_dataset(path: str | Path) -> Dataset:
 
 
 def _dataset(root: Path, data: dict[str, Any]) -> Dataset:
-    splits = {name: Split(name=name, index=split["index"], num_samples=split["num_samples"],
-                          shards=tuple(Shard(**shard) for shard in split["shards"]))
-              for name, split in data["splits"].items()}
+    splits = {
+        name: Split(
+            name=name,
+            index=split["index"],
+            num_samples=split["num_samples"],
+            shards=tuple(Shard(**shard) for shard in split["shards"]),
+        )
+        for name, split in data["splits"].items()
+    }
     groups = {name: tuple(members) for name, members in data["groups"].items()}
     return Dataset(root=root, classes=tuple(data["classes"]), groups=groups, folds=data["folds"], splits=splits)
 
@@ -248,12 +265,23 @@ def open_index(dataset: Dataset, split: str) -> Index:
 
 def write_dataset(dataset: Dataset) -> None:
     """Writes `dataset.json`: the same content gives the same bytes, so it holds no time and no machine."""
-    splits = {name: {"index": split.index, "num_samples": split.num_samples,
-                     "shards": [asdict(shard) for shard in split.shards]}
-              for name, split in dataset.splits.items()}
-    content = {"format": FORMAT, "version": VERSION, "packer": PACKER, "classes": list(dataset.classes),
-               "groups": {name: list(members) for name, members in dataset.groups.items()},
-               "folds": dataset.folds, "splits": splits}
+    splits = {
+        name: {
+            "index": split.index,
+            "num_samples": split.num_samples,
+            "shards": [asdict(shard) for shard in split.shards],
+        }
+        for name, split in dataset.splits.items()
+    }
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "packer": PACKER,
+        "classes": list(dataset.classes),
+        "groups": {name: list(members) for name, members in dataset.groups.items()},
+        "folds": dataset.folds,
+        "splits": splits,
+    }
     write_json(dataset.root / JSON_NAME, content)
 
 

@@ -26,7 +26,7 @@ class BadImage(Exception):
 
 def check_image(data: bytes) -> None:
     """Decodes the picture, JPEG at an eighth of its size: that still reads every byte. Raises BadImage."""
-    image = _open(data)
+    image = open_image(data)
     image.draft(None, (1, 1))
     _load(image)
     if image.format in TO_PNG and image.mode in ("F", "I"):
@@ -39,7 +39,7 @@ def packed_bytes(data: bytes, *, resize: int | None, quality: int) -> tuple[byte
     With `resize`, a picture whose short side is larger becomes a JPEG of that short side, upright and RGB. BMP, GIF and
     TIFF become PNG. Everything else is returned as it is. Raises BadImage.
     """
-    image = _open(data)
+    image = open_image(data)
     if resize and min(image.size) > resize:
         return _resized(image, resize, quality), "jpg"
     if image.format in EXTENSIONS:
@@ -94,7 +94,8 @@ def pack_file(path: Path, *, resize: int | None, quality: int) -> tuple[bytes, s
         raise UserError(f"{path} changed while it was packed: {problem}; run the same command again") from None
 
 
-def _open(data: bytes) -> Image.Image:
+def open_image(data: bytes) -> Image.Image:
+    """The picture with its header read, not yet decoded nor turned upright. Raises BadImage."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", category=UserWarning)  # odd EXIF is no reason to refuse a picture
@@ -103,8 +104,10 @@ def _open(data: bytes) -> Image.Image:
         except Image.UnidentifiedImageError:
             raise BadImage("not a picture of a known format (JPEG, PNG, WebP; BMP, GIF, TIFF)") from None
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-            raise BadImage(f"more than {Image.MAX_IMAGE_PIXELS:,} pixels, Pillow's limit against decompression bombs; "
-                           "make the picture smaller") from None
+            raise BadImage(
+                f"more than {Image.MAX_IMAGE_PIXELS:,} pixels, Pillow's limit against decompression bombs; "
+                "make the picture smaller"
+            ) from None
         except Exception as error:  # foreign bytes make the decoders raise anything
             raise BadImage(f"does not open: {error}") from None
 

@@ -8,6 +8,7 @@ import glob
 import json
 import re
 import zlib
+from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,8 +41,11 @@ class Scan:
     path: Path
     size: int
     sha256: str
-    rows: dict[str, list] = field(default_factory=lambda: {name: [] for name in (
-        "key", "offset", "size", "ext", "crc32", "image_id", "labels", "caption")})
+    rows: dict[str, list] = field(
+        default_factory=lambda: {
+            name: [] for name in ("key", "offset", "size", "ext", "crc32", "image_id", "labels", "caption")
+        }
+    )
     without_image: int = 0
 
 
@@ -132,8 +136,16 @@ def scan_tar(path: Path) -> Scan:
                 scan.without_image += 1
                 continue
             ext, member = image
-            values = (group.key, member.offset, member.size, ext, zlib.crc32(_read(file, member)), sidecar.image_id,
-                      sidecar.labels, sidecar.caption)
+            values = (
+                group.key,
+                member.offset,
+                member.size,
+                ext,
+                zlib.crc32(_read(file, member)),
+                sidecar.image_id,
+                sidecar.labels,
+                sidecar.caption,
+            )
             for column, value in zip(scan.rows.values(), values, strict=True):
                 column.append(value)
     return scan
@@ -168,8 +180,9 @@ def _labels(key: str, content: dict, cls: str | None) -> tuple[Label, ...] | Non
         return None if cls is None else (int(cls) if cls.strip().isdecimal() else cls.strip(),)
     labels = content["labels"]
     if not isinstance(labels, list) or any(isinstance(x, bool) or not isinstance(x, str | int) for x in labels):
-        raise UserError(f'{key}.json: "labels" must be a list of class names or of class columns, it is '
-                        f"{json.dumps(labels)[:80]}")
+        raise UserError(
+            f'{key}.json: "labels" must be a list of class names or of class columns, it is {json.dumps(labels)[:80]}'
+        )
     if len(set(labels)) < len(labels):
         raise UserError(f'{key}.json: a label is twice in "labels": {json.dumps(labels)[:80]}')
     return tuple(labels)
@@ -187,7 +200,7 @@ def _classes(file: str | None, before: Dataset | None, scans: Iterable[Scan]) ->
     found = [labels for scan in scans for labels in scan.rows["labels"] if labels]
     kinds = {type(label) for labels in found for label in labels}
     if not kinds:
-        raise UserError("no sample has labels (KEY.json with \"labels\", or KEY.cls); name the classes with --classes")
+        raise UserError('no sample has labels (KEY.json with "labels", or KEY.cls); name the classes with --classes')
     if len(kinds) > 1:
         raise UserError("some samples name their classes and some number them; name the classes with --classes")
     if kinds == {int}:
@@ -204,10 +217,14 @@ def _columns(scans: Sequence[Scan], classes: Sequence[str]) -> list[list[int] | 
         for key, labels in zip(scan.rows["key"], scan.rows["labels"], strict=True):
             if labelled and labels is None:
                 wrong.append(
-                    f"{scan.path.name} {key}: no labels, though other samples have some (an empty list will do)")
+                    f"{scan.path.name} {key}: no labels, though other samples have some (an empty list will do)"
+                )
             unknown = [label for label in labels or () if column_of(label, position) is None]
-            wrong += [f"{scan.path.name} {key}: {label!r} is none of the {len(classes)} classes"
-                      f"{did_you_mean(str(label), classes)}" for label in unknown]
+            wrong += [
+                f"{scan.path.name} {key}: {label!r} is none of the {len(classes)} classes"
+                f"{did_you_mean(str(label), classes)}"
+                for label in unknown
+            ]
             known = set(labels or ()) - set(unknown)
             columns.append(None if labels is None else sorted({column_of(label, position) for label in known}))
     if wrong:
@@ -226,19 +243,45 @@ def _write(root: Path, name: str, scans: Sequence[Scan], columns: Sequence[list[
     joined = {column: [value for scan in scans for value in scan.rows[column]] for column in scans[0].rows}
     rows = len(columns)
     root.mkdir(parents=True, exist_ok=True)
-    write_index(root / f"{name}.arrow", joined | {
-        "shard": [number for number, scan in enumerate(scans) for _ in scan.rows["key"]],
-        "labels": columns, "fold": [-1] * rows, "weight": [1.0] * rows})
-    shards = tuple(Shard(str(scan.path.relative_to(root) if scan.path.is_relative_to(root) else scan.path),
-                         len(scan.rows["key"]), scan.size, scan.sha256) for scan in scans)
+    write_index(
+        root / f"{name}.arrow",
+        joined
+        | {
+            "shard": [number for number, scan in enumerate(scans) for _ in scan.rows["key"]],
+            "labels": columns,
+            "fold": [-1] * rows,
+            "weight": [1.0] * rows,
+        },
+    )
+    shards = tuple(
+        Shard(
+            str(scan.path.relative_to(root) if scan.path.is_relative_to(root) else scan.path),
+            len(scan.rows["key"]),
+            scan.size,
+            scan.sha256,
+        )
+        for scan in scans
+    )
     return Split(name, f"{name}.arrow", rows, shards)
 
 
-def _summary(args, split: Split, classes: Sequence[str], without_image: int) -> None:
+def _summary(args: Namespace, split: Split, classes: Sequence[str], without_image: int) -> None:
     if args.json:
-        print(json.dumps({"out": args.out, "split": split.name, "samples": split.num_samples,
-                          "shards": len(split.shards), "classes": len(classes), "without_image": without_image}))
+        print(
+            json.dumps(
+                {
+                    "out": args.out,
+                    "split": split.name,
+                    "samples": split.num_samples,
+                    "shards": len(split.shards),
+                    "classes": len(classes),
+                    "without_image": without_image,
+                }
+            )
+        )
         return
     skipped = f"; {without_image} samples without an image are left out" if without_image else ""
-    say(f"{args.out}: {split.name} has {split.num_samples} samples in {len(split.shards)} tars, "
-        f"{len(classes)} classes{skipped}")
+    say(
+        f"{args.out}: {split.name} has {split.num_samples} samples in {len(split.shards)} tars, "
+        f"{len(classes)} classes{skipped}"
+    )

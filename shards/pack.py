@@ -62,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     _restore(out, partial)
     if _is_packed(out, plan.hash, overwrite=args.overwrite):
         say(f"already packed: {args.out}")
-        _drop(partial)
+        if _noted(partial, plan.hash) is not None:  # killed after the last rename
+            shutil.rmtree(partial, ignore_errors=True)
     else:
         _may_replace(out, overwrite=args.overwrite)
         bad_images = _noted(partial, plan.hash)
@@ -89,8 +90,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--classes", help="YAML with classes and groups (default: classes.yaml beside the CSV, else the labels found)")
     add("--resize", type=_whole(1), help="shrink images to this short side in pixels and store them as JPEG")
     add("--quality", type=_whole(1, 100), default=92, help="JPEG quality of shrunk images")
-    add("--shard-size", type=_whole(1), default=10_000,
-        help="samples per shard (10000); a shard also ends at 1 GB of images unless they are shrunk")
+    add(
+        "--shard-size",
+        type=_whole(1),
+        default=10_000,
+        help="samples per shard (10000); a shard also ends at 1 GB of images unless they are shrunk",
+    )
     add("--skip-bad", type=_whole(0), default=0, help="leave out up to N bad rows instead of stopping")
     add("--id-column", default="ImageID", help="name of the column (ImageID)")
     add("--labels-column", default="Labels", help="name of the column (Labels)")
@@ -118,6 +123,7 @@ def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
         if value < least or (most is not None and value > most):
             raise argparse.ArgumentTypeError(f"{text!r} is not {bounds}")
         return value
+
     return parsed
 
 
@@ -131,26 +137,36 @@ def _is_packed(out: Path, plan: str, *, overwrite: bool) -> bool:
             if not path.is_file() or path.stat().st_size != shard.size:
                 if overwrite:
                     return False
-                raise UserError(f"{path} is missing or has another size than when it was packed; pack again with "
-                                "--overwrite")
+                raise UserError(
+                    f"{path} is missing or has another size than when it was packed; pack again with --overwrite"
+                )
     return True
 
 
 def _may_replace(out: Path, *, overwrite: bool) -> None:
+    if out.is_mount():
+        raise UserError(f"{out} is a mount point, which no rename can replace; name a folder in it: {out}/shards")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / JSON_NAME).is_file():
         raise UserError(f"{out} exists and is not a packed data set; choose another --out")
     if not overwrite:
-        raise UserError(f"{out} holds another pack (other rows, images or flags); choose another --out, or replace it "
-                        "with --overwrite")
+        raise UserError(
+            f"{out} holds another pack (other rows, images or flags); choose another --out, or replace it "
+            "with --overwrite"
+        )
     old = load_dataset(out)
-    own = {*EXTRA_FILES, *(split.index for split in old.splits.values()),
-           *(shard.name for split in old.splits.values() for shard in split.shards)}
+    own = {
+        *EXTRA_FILES,
+        *(split.index for split in old.splits.values()),
+        *(shard.name for split in old.splits.values() for shard in split.shards),
+    }
     foreign = sorted(path.name for path in out.iterdir() if path.name not in own)
     if foreign:
-        raise UserError(f"{out} also holds what mlc pack did not write ({', '.join(foreign[:5])}); move that away "
-                        "before --overwrite")
+        raise UserError(
+            f"{out} also holds what mlc pack did not write ({', '.join(foreign[:5])}); move that away "
+            "before --overwrite"
+        )
 
 
 def _noted(partial: Path, plan: str) -> dict[str, str] | None:
@@ -166,11 +182,6 @@ def _restore(out: Path, partial: Path) -> None:
     """A run killed between the two renames of a replacement leaves the old pack in OUT.partial: put it back."""
     if not out.exists() and (partial / "replaced").is_dir():
         (partial / "replaced").rename(out)
-
-
-def _drop(partial: Path) -> None:
-    if (partial / "plan.json").is_file():
-        shutil.rmtree(partial)
 
 
 @contextmanager
@@ -204,17 +215,27 @@ def _clear_disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise UserError(f"the disk of {path} is full; make room and run the same command again: finished shards are "
-                        "kept") from None
+        raise UserError(
+            f"the disk of {path} is full; make room and run the same command again: finished shards are kept"
+        ) from None
 
 
 def build(partial: Path, plan: Plan, samples: dict[str, list[Sample]], args: argparse.Namespace) -> None:
     """Writes the whole data set into `partial/pack`; shards with a note in `partial/parts` are there already."""
-    tasks = {split: [ShardTask(partial / "pack" / f"{split}-{number:06d}.tar",
-                               partial / "parts" / f"{split}-{number:06d}.json",
-                               tuple(chunk), plan.classes, args.resize, args.quality)
-                     for number, chunk in enumerate(_chunks(rows, args.shard_size, not args.resize))]
-             for split, rows in samples.items()}
+    tasks = {
+        split: [
+            ShardTask(
+                partial / "pack" / f"{split}-{number:06d}.tar",
+                partial / "parts" / f"{split}-{number:06d}.json",
+                tuple(chunk),
+                plan.classes,
+                args.resize,
+                args.quality,
+            )
+            for number, chunk in enumerate(_chunks(rows, args.shard_size, not args.resize))
+        ]
+        for split, rows in samples.items()
+    }
     flat = [task for of_split in tasks.values() for task in of_split]
     todo = [task for task in flat if not task.part.exists()]
     if len(todo) < len(flat):
@@ -262,17 +283,28 @@ def write_shard(task: ShardTask) -> None:
         images = [(group.key, group.image()[1]) for group in groups(temporary)]
         assert [key for key, _ in images] == [sample.key for sample in task.samples]
     with _clear_disk_errors(task.part):
-        write_json(task.part, {"size": size, "sha256": sha256, "crc32": crcs, "ext": exts,
-                               "offset": [image.offset for _, image in images],
-                               "bytes": [image.size for _, image in images]})
+        write_json(
+            task.part,
+            {
+                "size": size,
+                "sha256": sha256,
+                "crc32": crcs,
+                "ext": exts,
+                "offset": [image.offset for _, image in images],
+                "bytes": [image.size for _, image in images],
+            },
+        )
 
 
 def _sidecar(sample: Sample, classes: Sequence[str]) -> str:
     content: dict = {"image_id": sample.row.image_id}
     if sample.columns is not None:
         # `label` is for readers of one class per image: timm takes it through _info.json and passes over -1
-        content |= {"labels": [classes[column] for column in sample.columns], "columns": list(sample.columns),
-                    "label": sample.columns[0] if sample.columns else -1}
+        content |= {
+            "labels": [classes[column] for column in sample.columns],
+            "columns": list(sample.columns),
+            "label": sample.columns[0] if sample.columns else -1,
+        }
     return json.dumps(content, ensure_ascii=False)
 
 
@@ -280,30 +312,46 @@ def _write_split(folder: Path, split: str, tasks: Sequence[ShardTask]) -> Split:
     samples = [sample for task in tasks for sample in task.samples]
     parts = [json.loads(task.part.read_text(encoding="utf-8")) for task in tasks]
     joined = {name: [value for part in parts for value in part[name]] for name in ("offset", "bytes", "ext", "crc32")}
-    write_index(folder / f"{split}.arrow", {
-        "key": [sample.key for sample in samples],
-        "image_id": [sample.row.image_id for sample in samples],
-        "shard": [number for number, task in enumerate(tasks) for _ in task.samples],
-        "offset": joined["offset"], "size": joined["bytes"], "ext": joined["ext"], "crc32": joined["crc32"],
-        "labels": [sample.columns for sample in samples],
-        "caption": [sample.row.caption for sample in samples],
-        "fold": [sample.fold for sample in samples],
-        "weight": [1.0] * len(samples),
-    })
-    shards = tuple(Shard(task.tar.name, len(task.samples), part["size"], part["sha256"])
-                   for task, part in zip(tasks, parts, strict=True))
+    write_index(
+        folder / f"{split}.arrow",
+        {
+            "key": [sample.key for sample in samples],
+            "image_id": [sample.row.image_id for sample in samples],
+            "shard": [number for number, task in enumerate(tasks) for _ in task.samples],
+            "offset": joined["offset"],
+            "size": joined["bytes"],
+            "ext": joined["ext"],
+            "crc32": joined["crc32"],
+            "labels": [sample.columns for sample in samples],
+            "caption": [sample.row.caption for sample in samples],
+            "fold": [sample.fold for sample in samples],
+            "weight": [1.0] * len(samples),
+        },
+    )
+    shards = tuple(
+        Shard(task.tar.name, len(task.samples), part["size"], part["sha256"])
+        for task, part in zip(tasks, parts, strict=True)
+    )
     return Split(split, f"{split}.arrow", len(samples), shards)
 
 
 def _write_companions(dataset: Dataset) -> None:
     """`_info.json` is what timm's reader looks for, `sizes.json` what open_clip looks for."""
-    info = {split.name: {"name": split.name, "num_samples": split.num_samples, "alt_label": "label",
-                         "filenames": [shard.name for shard in split.shards],
-                         "shard_lengths": [shard.num_samples for shard in split.shards]}
-            for split in dataset.splits.values()}
+    info = {
+        split.name: {
+            "name": split.name,
+            "num_samples": split.num_samples,
+            "alt_label": "label",
+            "filenames": [shard.name for shard in split.shards],
+            "shard_lengths": [shard.num_samples for shard in split.shards],
+        }
+        for split in dataset.splits.values()
+    }
     write_json(dataset.root / "_info.json", {"splits": info})
-    write_json(dataset.root / "sizes.json", {shard.name: shard.num_samples for split in dataset.splits.values()
-                                             for shard in split.shards})
+    write_json(
+        dataset.root / "sizes.json",
+        {shard.name: shard.num_samples for split in dataset.splits.values() for shard in split.shards},
+    )
 
 
 def _publish(partial: Path, out: Path) -> None:
@@ -317,19 +365,35 @@ def _summary(dataset: Dataset, args: argparse.Namespace, seconds: float) -> None
     splits = {}
     for name, split in dataset.splits.items():
         index = open_index(dataset, name)
-        splits[name] = {"samples": len(index), "shards": len(split.shards),
-                        "bytes": sum(shard.size for shard in split.shards)}
+        splits[name] = {
+            "samples": len(index),
+            "shards": len(split.shards),
+            "bytes": sum(shard.size for shard in split.shards),
+        }
         if index.has_labels:
             splits[name] |= label_summary(index)
     if args.json:
-        print(json.dumps({"out": args.out, "fingerprint": dataset.fingerprint, "classes": len(dataset.classes),
-                          "groups": {name: len(members) for name, members in dataset.groups.items()},
-                          "folds": dataset.folds, "splits": splits, "seconds": round(seconds, 2)}))
+        print(
+            json.dumps(
+                {
+                    "out": args.out,
+                    "fingerprint": dataset.fingerprint,
+                    "classes": len(dataset.classes),
+                    "groups": {name: len(members) for name, members in dataset.groups.items()},
+                    "folds": dataset.folds,
+                    "splits": splits,
+                    "seconds": round(seconds, 2),
+                }
+            )
+        )
         return
     folds = f", {dataset.folds} folds" if dataset.folds else ""
     say(f"{args.out}: {len(dataset.classes)} classes{folds}, {seconds:.1f} s")
     for name, split in splits.items():
         shards = f"{split['shards']} shard{'s' if split['shards'] > 1 else ''}"
-        labels = f", {split['labels_per_image']:.2f} labels per image, {split['without_labels']} without any" \
-            if "labels_per_image" in split else ", not labelled"
+        labels = (
+            f", {split['labels_per_image']:.2f} labels per image, {split['without_labels']} without any"
+            if "labels_per_image" in split
+            else ", not labelled"
+        )
         say(f"  {name:<5} {split['samples']} samples in {shards}, {split['bytes'] / 1e6:.1f} MB{labels}")

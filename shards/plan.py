@@ -22,8 +22,18 @@ from shards.workers import spread
 
 CHECK_CHUNK = 64  # images
 WORKER_CHUNKS = 8  # below that a second process costs more to start than it saves
-PLANNED_FLAGS = ("val_fraction", "folds", "resize", "quality", "shard_size", "seed", "id_column", "labels_column",
-                 "caption_column", "label_separator")
+PLANNED_FLAGS = (
+    "val_fraction",
+    "folds",
+    "resize",
+    "quality",
+    "shard_size",
+    "seed",
+    "id_column",
+    "labels_column",
+    "caption_column",
+    "label_separator",
+)
 
 
 @dataclass(frozen=True)
@@ -63,8 +73,11 @@ def make_plan(args: Namespace) -> Plan:
     problems = Problems()
     tables = {"train": args.csv, "val": args.val_csv, "test": args.test_csv}
     columns = Columns(args.id_column, args.labels_column, args.caption_column, args.label_separator)
-    rows = {split: read_rows(Path(path), columns, problems, need_labels=split != "test")
-            for split, path in tables.items() if path}
+    rows = {
+        split: read_rows(Path(path), columns, problems, need_labels=split != "test")
+        for split, path in tables.items()
+        if path
+    }
     if rows.get("test") and rows["test"][0].labels is not None:
         say(f"{args.test_csv} has a column {columns.labels}: the test split keeps its labels")
     classes, groups = _classes(args, rows["train"], problems)
@@ -84,8 +97,10 @@ def _classes(args: Namespace, train: Sequence[Row], problems: Problems) -> tuple
     classes = found_classes(row.labels for row in train if not problems.has(row))
     if not classes:
         wrong = f"\n{listed(problems.lines())}" if problems else ""
-        raise UserError(f"no good row of {args.csv} has a label; name the classes with --classes, or the column with "
-                        f"--labels-column{wrong}")
+        raise UserError(
+            f"no good row of {args.csv} has a label; name the classes with --classes, or the column with "
+            f"--labels-column{wrong}"
+        )
     return classes, {}
 
 
@@ -93,8 +108,9 @@ def _check_labels(rows: Iterable[Row], classes: Sequence[str], separator: str, p
     known = set(classes)
     split = next((name for name in classes if (len(name.split()) > 1 if separator == " " else separator in name)), None)
     if split is not None:
-        raise UserError(f"class {split!r} contains the label separator {separator!r}; choose another with "
-                        "--label-separator")
+        raise UserError(
+            f"class {split!r} contains the label separator {separator!r}; choose another with --label-separator"
+        )
     for row in rows:
         for label in row.labels or ():
             if label not in known:
@@ -112,8 +128,9 @@ def _files(rows: Iterable[Row], images: Path, problems: Problems) -> dict[Row, F
             continue
         before = first.setdefault(row.image_id, row)
         if before is not row:
-            problems.add(row.source, row.line, f"image {row.image_id!r} was already in {before.source} "
-                                               f"line {before.line}")
+            problems.add(
+                row.source, row.line, f"image {row.image_id!r} was already in {before.source} line {before.line}"
+            )
         elif _leaves(row.image_id):
             problems.add(row.source, row.line, f"image {row.image_id!r} is outside of {images}; name it relative to it")
         elif (file := _find(images, row.image_id)) is None:
@@ -154,7 +171,7 @@ def _hash(args: Namespace, tables: Sequence[str], classes: Sequence[str], groups
 def check_images(plan: Plan, workers: int) -> dict[str, str]:
     """Decodes every image once. What is wrong, by ImageID."""
     items = list(plan.files.items())
-    chunks = [items[start:start + CHECK_CHUNK] for start in range(0, len(items), CHECK_CHUNK)]
+    chunks = [items[start : start + CHECK_CHUNK] for start in range(0, len(items), CHECK_CHUNK)]
     bad = {}
     with progress("checking images", len(items)) as advance:
         paths = [[file.path for _, file in chunk] for chunk in chunks]
@@ -176,8 +193,10 @@ def settle(plan: Plan, bad_images: dict[str, str], args: Namespace) -> dict[str,
             problems.add(row.source, row.line, f"image {row.image_id!r}: {bad_images[row.image_id]}")
     bad = len(problems)
     if bad > args.skip_bad:
-        raise UserError(f"{bad} bad row{'s' * (bad > 1)}, nothing is packed; mend them, or leave them out with "
-                        f"--skip-bad {bad}\n{listed(problems.lines())}")
+        raise UserError(
+            f"{bad} bad row{'s' * (bad > 1)}, nothing is packed; mend them, or leave them out with "
+            f"--skip-bad {bad}\n{listed(problems.lines())}"
+        )
     if bad:
         say(f"left out {bad} bad row{'s' * (bad > 1)}\n{listed(problems.lines())}")
     good = {split: [row for row in rows if not problems.has(row)] for split, rows in plan.rows.items()}
@@ -211,9 +230,13 @@ def _samples(rows: dict[str, list[Row]], plan: Plan, args: Namespace) -> dict[st
             raise UserError(f"--folds {args.folds} is more than the {len(rows['train'])} samples of train")
         folds["train"] = stratified_folds(columns["train"], [1.0] * args.folds, args.seed).tolist()
     keys = Keys()
-    return {split: [Sample(keys.make(row.image_id), row, plan.files[row], *rest)
-                    for row, *rest in zip(kept, columns[split], folds[split], strict=True)]
-            for split, kept in rows.items()}
+    return {
+        split: [
+            Sample(keys.make(row.image_id), row, plan.files[row], *rest)
+            for row, *rest in zip(kept, columns[split], folds[split], strict=True)
+        ]
+        for split, kept in rows.items()
+    }
 
 
 class Keys:
@@ -228,6 +251,6 @@ class Keys:
         key, tries = plain, 0
         while not key or key in self._taken or (key == plain and plain != stem):
             digest = hashlib.sha256(f"{image_id}\0{tries}".encode(errors="surrogatepass")).hexdigest()[:10]
-            key, tries = f"{plain[:MAX_KEY - 11]}-{digest}", tries + 1
+            key, tries = f"{plain[: MAX_KEY - 11]}-{digest}", tries + 1
         self._taken.add(key)
         return key

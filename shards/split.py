@@ -15,7 +15,7 @@ def subset_sizes(samples: int, fractions: Sequence[float]) -> np.ndarray:
     """int64 [K]: `samples` dealt out by `fractions` (of any sum), each within one of its exact share, sum kept."""
     exact = samples * np.asarray(fractions, dtype=np.float64) / np.sum(fractions)
     sizes = np.floor(exact + 1e-9).astype(np.int64)
-    leftover = np.argsort(sizes - exact, kind="stable")[:samples - int(sizes.sum())]
+    leftover = np.argsort(sizes - exact, kind="stable")[: samples - int(sizes.sum())]
     sizes[leftover] += 1
     return sizes
 

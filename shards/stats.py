@@ -6,6 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
 
 from shards.console import Parser
 from shards.dataset import Dataset, Index, load_dataset, open_index
@@ -21,8 +25,12 @@ def main(argv: list[str] | None = None) -> int:
     names = [dataset.split(args.split).name] if args.split else list(dataset.splits)
     found = {name: split_stats(dataset, name) for name in names}
     if args.json:
-        print(json.dumps({"data": args.data, "fingerprint": dataset.fingerprint, "folds": dataset.folds,
-                          "splits": found}, ensure_ascii=False))
+        print(
+            json.dumps(
+                {"data": args.data, "fingerprint": dataset.fingerprint, "folds": dataset.folds, "splits": found},
+                ensure_ascii=False,
+            )
+        )
     else:
         _show(args.data, dataset, found)
     return 0
@@ -31,16 +39,21 @@ def main(argv: list[str] | None = None) -> int:
 def split_stats(dataset: Dataset, name: str) -> dict:
     """Counts of one split, ready for JSON; without `classes`, `groups` and labels where the split is not labelled."""
     split, index = dataset.split(name), open_index(dataset, name)
-    found = {"samples": len(index), "shards": len(split.shards), "bytes": sum(shard.size for shard in split.shards),
-             "captions": _captions(index)}
+    found = {
+        "samples": len(index),
+        "shards": len(split.shards),
+        "bytes": sum(shard.size for shard in split.shards),
+        "captions": _captions(index),
+    }
     if dataset.folds and len(index) and index.fold.max() >= 0:
         found["folds"] = np.bincount(index.fold[index.fold >= 0], minlength=dataset.folds).tolist()
     if index.has_labels:
         counts = dict(zip(dataset.classes, index.class_counts().tolist(), strict=True))
         found |= label_summary(index)
-        found |= {"classes": counts,
-                  "groups": {group: sum(counts[name] for name in members)
-                             for group, members in dataset.groups.items()}}
+        found |= {
+            "classes": counts,
+            "groups": {group: sum(counts[name] for name in members) for group, members in dataset.groups.items()},
+        }
     return found
 
 
@@ -48,8 +61,11 @@ def label_summary(index: Index) -> dict:
     """`labels_per_image` (mean), `without_labels` (samples) and `label_counts`: samples by their number of labels."""
     counts = np.bincount(index.labels_per_row()) if len(index) else np.zeros(1, dtype=np.int64)
     labels = float(counts @ np.arange(len(counts)))
-    return {"labels_per_image": round(labels / max(1, len(index)), 4), "without_labels": int(counts[0]),
-            "label_counts": counts.tolist()}
+    return {
+        "labels_per_image": round(labels / max(1, len(index)), 4),
+        "without_labels": int(counts[0]),
+        "label_counts": counts.tolist(),
+    }
 
 
 def _captions(index: Index) -> dict:
@@ -58,18 +74,21 @@ def _captions(index: Index) -> dict:
     lengths = lengths[lengths > 0]
     if not len(lengths):
         return {"with_caption": 0}
-    return {"with_caption": len(lengths), "characters_mean": round(float(lengths.mean()), 2),
-            "characters_median": float(np.median(lengths)), "characters_max": int(lengths.max())}
+    return {
+        "with_caption": len(lengths),
+        "characters_mean": round(float(lengths.mean()), 2),
+        "characters_median": float(np.median(lengths)),
+        "characters_max": int(lengths.max()),
+    }
 
 
 def _show(data: str, dataset: Dataset, found: dict[str, dict]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
     console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(f"{escape(data)}: {len(dataset.classes)} classes, {len(dataset.groups)} groups, "
-                  f"fingerprint {dataset.fingerprint}", highlight=False)
+    console.print(
+        f"{escape(data)}: {len(dataset.classes)} classes, {len(dataset.groups)} groups, "
+        f"fingerprint {dataset.fingerprint}",
+        highlight=False,
+    )
     overview = Table("", *found, title="splits", title_justify="left")
     for label, cells in _overview(found):
         overview.add_row(label, *cells)
@@ -90,21 +109,25 @@ def _overview(found: dict[str, dict]) -> list[tuple[str, list[str]]]:
         ("labels per image", [f"{split['labels_per_image']:.2f}" if "classes" in split else "-" for split in splits]),
         ("images with 0, 1, 2, ... labels", [" ".join(map(str, split.get("label_counts", "-"))) for split in splits]),
         ("captions", [str(caption["with_caption"]) for caption in captions]),
-        ("characters, median / most", [f"{caption['characters_median']:.0f} / {caption['characters_max']}"
-                                       if caption["with_caption"] else "-" for caption in captions]),
+        (
+            "characters, median / most",
+            [
+                f"{caption['characters_median']:.0f} / {caption['characters_max']}" if caption["with_caption"] else "-"
+                for caption in captions
+            ],
+        ),
     ]
 
 
-def _class_table(dataset: Dataset, labelled: dict[str, dict]):
-    from rich.table import Table
-    from rich.text import Text
-
+def _class_table(dataset: Dataset, labelled: dict[str, dict]) -> Table:
     group_of = {name: group for group, members in dataset.groups.items() for name in members}
     table = Table("class", "group", *labelled, title="samples per class", title_justify="left")
     first = next(iter(labelled.values()))
     for name in sorted(dataset.classes, key=lambda name: -first["classes"][name]):
-        cells = [f"{split['classes'][name]} ({split['classes'][name] / max(1, split['samples']):.1%})"
-                 for split in labelled.values()]
+        cells = [
+            f"{split['classes'][name]} ({split['classes'][name] / max(1, split['samples']):.1%})"
+            for split in labelled.values()
+        ]
         table.add_row(Text(name), Text(group_of.get(name, "")), *cells)
     for group in dataset.groups:
         cells = [str(split["groups"][group]) for split in labelled.values()]

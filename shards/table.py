@@ -60,8 +60,9 @@ class Problems:
 
     def lines(self) -> list[str]:
         """One line per problem, in the order of the files."""
-        return [f"{source} line {line}: {text}" for (source, line), texts in sorted(self._texts.items())
-                for text in texts]
+        return [
+            f"{source} line {line}: {text}" for (source, line), texts in sorted(self._texts.items()) for text in texts
+        ]
 
 
 def read_rows(path: Path, columns: Columns, problems: Problems, *, need_labels: bool) -> list[Row]:
@@ -69,8 +70,10 @@ def read_rows(path: Path, columns: Columns, problems: Problems, *, need_labels: 
     records = _records(path, problems)
     _, header = next(records, (1, None))
     if header is None:
-        raise UserError(f"{path} is empty; its first line must name the columns, such as {columns.image_id},"
-                        f"{columns.labels},{columns.caption}")
+        raise UserError(
+            f"{path} is empty; its first line must name the columns, such as {columns.image_id},"
+            f"{columns.labels},{columns.caption}"
+        )
     where = _find_columns(path, header, columns, need_labels=need_labels)
     rows = []
     for line, record in records:
@@ -83,8 +86,7 @@ def read_rows(path: Path, columns: Columns, problems: Problems, *, need_labels: 
     return rows
 
 
-def _row(path: Path, line: int, record: list[str], where: dict[str, int], columns: Columns,
-         problems: Problems) -> Row:
+def _row(path: Path, line: int, record: list[str], where: dict[str, int], columns: Columns, problems: Problems) -> Row:
     caption = record[where["caption"]] if "caption" in where else ""
     if SWALLOWED_ROW.search(caption):
         raise UserError(f"{path} line {line}: a quote opened here runs over the rows below it; {QUOTES_HELP}")
@@ -115,8 +117,10 @@ def _records(path: Path, problems: Problems) -> Iterator[tuple[int, list[str]]]:
             return
         except csv.Error:
             if reader.line_num > line or line == 1:
-                raise UserError(f"{path} line {line}: a quote opened here does not end where a field ends "
-                                f"(noticed in line {reader.line_num}); {QUOTES_HELP}") from None
+                raise UserError(
+                    f"{path} line {line}: a quote opened here does not end where a field ends "
+                    f"(noticed in line {reader.line_num}); {QUOTES_HELP}"
+                ) from None
             problems.add(str(path), line, f"a quote in the middle of a quoted field; {QUOTES_HELP}")
             continue
         if record:
@@ -147,8 +151,10 @@ def _find_columns(path: Path, header: Sequence[str], columns: Columns, *, need_l
             raise UserError(f"{path} has {names.count(name)} columns called {name!r}; rename one")
         if name not in names and (role in required or name != getattr(defaults, role)):
             same = [other for other in names if other.lower() == name.lower()]
-            raise UserError(f"{path} has no column {name!r}, it has: {', '.join(names)}"
-                            f"{did_you_mean(same[0] if same else name, names)}; name yours with {flag}")
+            raise UserError(
+                f"{path} has no column {name!r}, it has: {', '.join(names)}"
+                f"{did_you_mean(same[0] if same else name, names)}; name yours with {flag}"
+            )
     return {role: names.index(name) for role, name in wanted.items() if name in names}
 
 

@@ -37,8 +37,10 @@ class Group:
         """(jpg, png or webp; member), or None. Raises UserError where there are two."""
         found = [(IMAGE_EXTENSIONS[ext], member) for ext, member in self.members.items() if ext in IMAGE_EXTENSIONS]
         if len(found) > 1:
-            raise UserError(f"sample {self.key!r} has {len(found)} images ({', '.join(m.name for _, m in found)}); "
-                            "which one to use is not known")
+            raise UserError(
+                f"sample {self.key!r} has {len(found)} images ({', '.join(m.name for _, m in found)}); "
+                "which one to use is not known"
+            )
         return found[0] if found else None
 
 
@@ -112,8 +114,10 @@ def groups(path: Path) -> Iterator[Group]:
             if current is not None:
                 yield current
             if key in seen:
-                raise UserError(f"{path}: the files of sample {key!r} are not next to each other, or the key is there "
-                                "twice; WebDataset readers would cut it in two: sort the tar by name")
+                raise UserError(
+                    f"{path}: the files of sample {key!r} are not next to each other, or the key is there "
+                    "twice; WebDataset readers would cut it in two: sort the tar by name"
+                )
             seen.add(key)
             current = Group(key)
         if ext in current.members:

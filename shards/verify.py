@@ -37,8 +37,11 @@ class ShardCheck:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="mlc verify", description="Check every shard and sample against the checksums of the pack. "
-                                                   "Exit code 1 where something is wrong.")
+    parser = Parser(
+        prog="mlc verify",
+        description="Check every shard and sample against the checksums of the pack. "
+        "Exit code 1 where something is wrong.",
+    )
     parser.add_argument("data", help="folder of a packed or indexed data set")
     parser.add_argument("--decode", action="store_true", help="also decode every image")
     parser.add_argument("-j", "--workers", type=int, default=default_workers(), help="processes (all cores)")
@@ -48,8 +51,11 @@ def main(argv: list[str] | None = None) -> int:
     problems, samples = verify(dataset, decode=args.decode, workers=args.workers)
     shards = sum(len(split.shards) for split in dataset.splits.values())
     if args.json:
-        print(json.dumps({"data": args.data, "shards": shards, "samples": samples, "problems": problems},
-                         ensure_ascii=False))
+        print(
+            json.dumps(
+                {"data": args.data, "shards": shards, "samples": samples, "problems": problems}, ensure_ascii=False
+            )
+        )
     elif problems:
         texts = [": ".join(filter(None, (found["shard"], found["key"], found["problem"]))) for found in problems]
         say(f"{args.data}: {len(problems)} problem{'s' * (len(texts) > 1)}\n{listed(texts, limit=len(texts))}")
@@ -70,8 +76,9 @@ def verify(dataset: Dataset, *, decode: bool, workers: int) -> tuple[list[dict[s
             continue
         samples += len(index)
         problems += _shard_counts(name, index, split.shards)
-        checks += [ShardCheck(index, dataset.classes, name, number, shard, decode)
-                   for number, shard in enumerate(split.shards)]
+        checks += [
+            ShardCheck(index, dataset.classes, name, number, shard, decode) for number, shard in enumerate(split.shards)
+        ]
     with progress("verifying shards", len(checks)) as advance:
         for found in spread(check_shard, checks, workers):
             problems += found
@@ -81,8 +88,11 @@ def verify(dataset: Dataset, *, decode: bool, workers: int) -> tuple[list[dict[s
 
 def _shard_counts(name: str, index: Index, shards: tuple[Shard, ...]) -> list[dict[str, str]]:
     counts = np.bincount(index.shard, minlength=len(shards))
-    texts = [(shard.name, f"the index has {count} samples of it, dataset.json says {shard.num_samples}")
-             for shard, count in zip(shards, counts, strict=False) if count != shard.num_samples]
+    texts = [
+        (shard.name, f"the index has {count} samples of it, dataset.json says {shard.num_samples}")
+        for shard, count in zip(shards, counts, strict=False)
+        if count != shard.num_samples
+    ]
     if len(counts) > len(shards):
         texts.append((shards[-1].name if shards else "", "the index names shards that dataset.json does not have"))
     return [{"split": name, "shard": shard, "key": "", "problem": text} for shard, text in texts]
@@ -135,8 +145,9 @@ def _check_members(task: ShardCheck, path: Path, file: BinaryIO, rows: np.ndarra
         report(key, "in the tar, but not in the index")
 
 
-def _check_texts(task: ShardCheck, row: int, file: BinaryIO, group: Group, position: dict[str, int],
-                 report: Report) -> None:
+def _check_texts(
+    task: ShardCheck, row: int, file: BinaryIO, group: Group, position: dict[str, int], report: Report
+) -> None:
     index = task.index
     try:
         sidecar = read_sidecar(file, group)

@@ -12,8 +12,19 @@ ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 
 # The smallest SwinV2 that still has a shifted window, a patch merging and drop-path.
-TINY = ["--model", "swinv2_tiny_window8_256", "--img-size", "32", "--drop-path", "0.2", "--model-kwargs", "embed_dim=16", "depths=[2,2]",
-        "num_heads=[1,2]", "window_size=4"]
+TINY = [
+    "--model",
+    "swinv2_tiny_window8_256",
+    "--img-size",
+    "32",
+    "--drop-path",
+    "0.2",
+    "--model-kwargs",
+    "embed_dim=16",
+    "depths=[2,2]",
+    "num_heads=[1,2]",
+    "window_size=4",
+]
 
 
 @pytest.fixture(scope="session")
@@ -32,26 +43,59 @@ def shards(demo_csv) -> Path:
     from shards import pack
 
     folder = demo_csv.parent / "shards"
-    pack.main(["--csv", str(demo_csv / "train.csv"), "--images", str(demo_csv / "images"), "--test-csv", str(demo_csv / "test.csv"),
-               "--val-fraction", "0.2", "--shard-size", "40", "--out", str(folder), "-j", "1"])
+    pack.main(
+        [
+            "--csv",
+            str(demo_csv / "train.csv"),
+            "--images",
+            str(demo_csv / "images"),
+            "--test-csv",
+            str(demo_csv / "test.csv"),
+            "--val-fraction",
+            "0.2",
+            "--shard-size",
+            "40",
+            "--out",
+            str(folder),
+            "-j",
+            "1",
+        ]
+    )
     return folder
 
 
 def command(*argv: str, processes: int = 1) -> list[str]:
-    """A command line of ours as a user types it: plain for one process, `accelerate launch` with the shipped file for more."""
+    """A command line as a user types it: plain for one process, `accelerate launch` with the shipped file for more."""
     if processes == 1:
         return [sys.executable, *argv]
-    return [str(BIN / "accelerate"), "launch", "--config_file", str(ROOT / "accelerate_config.yaml"), "--num_processes", str(processes),
-            "--main_process_port", "0", *argv]
+    return [
+        str(BIN / "accelerate"),
+        "launch",
+        "--config_file",
+        str(ROOT / "accelerate_config.yaml"),
+        "--num_processes",
+        str(processes),
+        "--main_process_port",
+        "0",
+        *argv,
+    ]
 
 
 def environment() -> dict[str, str]:
     """No GPU, one thread per process, no hub."""
-    return os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "COLUMNS": "200"}
+    return os.environ | {
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "WANDB_MODE": "offline",
+        "COLUMNS": "200",
+    }
 
 
 def run(*argv: str, processes: int = 1, check: bool = True, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    done = subprocess.run(command(*argv, processes=processes), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command(*argv, processes=processes), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300
+    )
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done
 

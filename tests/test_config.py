@@ -3,7 +3,8 @@ import dataclasses
 import pytest
 import yaml
 
-from mlc.config import Config, documented_fields, read_config, write_yaml
+from mlc.config import Config
+from mlc.flags import RECIPES, documented_fields, read_config, write_yaml
 from shards.console import UserError
 
 
@@ -24,10 +25,37 @@ def test_later_files_win_over_earlier_and_flags_over_files(tmp_path):
 
 
 def test_dashes_and_underscores_short_names_and_forms():
-    config = read_config(["--batch_size=8", "-j", "0", "--pretrained", "--no-model-ema", "--scale", "0.4", "1", "--global_batch_size", "16",
-                          "--model-kwargs", "embed_dim=48", "depths=[2,2]", "--grad-checkpointing", "False"])
-    assert (config.batch_size, config.workers, config.pretrained, config.model_ema, config.global_batch_size) == (8, 0, True, False, 16)
-    assert config.scale == (0.4, 1.0) and config.model_kwargs == {"embed_dim": 48, "depths": [2, 2]} and not config.grad_checkpointing
+    config = read_config(
+        [
+            "--batch_size=8",
+            "-j",
+            "0",
+            "--pretrained",
+            "--no-model-ema",
+            "--scale",
+            "0.4",
+            "1",
+            "--global_batch_size",
+            "16",
+            "--model-kwargs",
+            "embed_dim=48",
+            "depths=[2,2]",
+            "--grad-checkpointing",
+            "False",
+        ]
+    )
+    assert (config.batch_size, config.workers, config.pretrained, config.model_ema, config.global_batch_size) == (
+        8,
+        0,
+        True,
+        False,
+        16,
+    )
+    assert (
+        config.scale == (0.4, 1.0)
+        and config.model_kwargs == {"embed_dim": 48, "depths": [2, 2]}
+        and not config.grad_checkpointing
+    )
 
 
 def test_a_written_configuration_reads_back_equal(tmp_path):
@@ -36,16 +64,19 @@ def test_a_written_configuration_reads_back_equal(tmp_path):
     assert read_config(["-c", str(tmp_path / "args.yaml")]) == config
 
 
-@pytest.mark.parametrize("line, words", [
-    ("epoch: 3", ("unknown setting 'epoch'", "did you mean epochs")),
-    ("epochs: many", ("epochs", "expected a number", "'many'")),
-    ("batch_size: 3.5", ("batch_size", "whole number")),
-    ("loss: bec", ("expected one of bce, focal", "did you mean bce")),
-    ("scale: 0.4", ("scale", "2 numbers")),
-    ("pretrained: maybe", ("pretrained", "true or false")),
-    ("- a list", ("expected `name: value` lines",)),
-    ("a: [", ("not YAML",)),
-])
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("epoch: 3", ("unknown setting 'epoch'", "did you mean epochs")),
+        ("epochs: many", ("epochs", "expected a number", "'many'")),
+        ("batch_size: 3.5", ("batch_size", "whole number")),
+        ("loss: bec", ("expected one of bce, focal", "did you mean bce")),
+        ("scale: 0.4", ("scale", "2 numbers")),
+        ("pretrained: maybe", ("pretrained", "true or false")),
+        ("- a list", ("expected `name: value` lines",)),
+        ("a: [", ("not YAML",)),
+    ],
+)
 def test_mistakes_in_a_file_name_the_file_and_the_field(tmp_path, line, words):
     file = tmp_path / "mine.yaml"
     file.write_text(line + "\n")
@@ -55,17 +86,20 @@ def test_mistakes_in_a_file_name_the_file_and_the_field(tmp_path, line, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--epoch", "3"], ("unknown argument --epoch", "--epochs")),
-    (["--lr", "fast"], ("--lr", "expected a number")),
-    (["--lr", "0"], ("--lr must be above 0",)),
-    (["--hflip", "1.5"], ("--hflip must be in [0, 1]",)),
-    (["--scale", "1", "0.4"], ("--scale takes a smaller and a larger",)),
-    (["-b", "0"], ("--batch-size must be at least 1",)),
-    (["--pretrained", "--pretrained-path", "x.pth"], ("exclude each other",)),
-    (["--kd-alpha", "0.9"], ("--kd-teacher",)),
-    (["-c", "dmo"], ("neither a file nor a recipe", "did you mean demo")),
-])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--epoch", "3"], ("unknown argument --epoch", "--epochs")),
+        (["--lr", "fast"], ("--lr", "expected a number")),
+        (["--lr", "0"], ("--lr must be above 0",)),
+        (["--hflip", "1.5"], ("--hflip must be in [0, 1]",)),
+        (["--scale", "1", "0.4"], ("--scale takes a smaller and a larger",)),
+        (["-b", "0"], ("--batch-size must be at least 1",)),
+        (["--pretrained", "--pretrained-path", "x.pth"], ("exclude each other",)),
+        (["--kd-alpha", "0.9"], ("--kd-teacher",)),
+        (["-c", "dmo"], ("neither a file nor a recipe", "did you mean demo")),
+    ],
+)
 def test_mistakes_on_the_command_line_are_one_line(argv, words, capsys):
     try:
         read_config(argv)
@@ -79,7 +113,7 @@ def test_mistakes_on_the_command_line_are_one_line(argv, words, capsys):
 
 
 def test_recipes_are_valid_and_described():
-    from mlc.config import RECIPES
+
     for recipe in RECIPES.glob("*.yaml"):
         read_config(["-c", recipe.stem])
         assert recipe.read_text().startswith("# ") and isinstance(yaml.safe_load(recipe.read_text()), dict)

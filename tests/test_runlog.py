@@ -31,7 +31,10 @@ def test_summary_has_a_row_per_evaluation_with_the_training_values_before_it(tmp
     write_steps(log, range(1, 9))
     log.close()
     rows = list(csv.DictReader((tmp_path / "summary.csv").open()))
-    assert [(row["step"], row["val/map"], row["train/loss"]) for row in rows] == [("4", "0.04", "0.25"), ("8", "0.08", "0.125")]
+    assert [(row["step"], row["val/map"], row["train/loss"]) for row in rows] == [
+        ("4", "0.04", "0.25"),
+        ("8", "0.08", "0.125"),
+    ]
 
 
 def test_other_ranks_write_nothing(tmp_path):
@@ -54,7 +57,11 @@ def test_wandb_offline_is_one_run_through_a_resume(tmp_path, monkeypatch):
         log.close()
     assert ids[0] == ids[1] == (tmp_path / "wandb_id").read_text()
     assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 2  # two files of one id, which `wandb sync` joins
-    assert [line["step"] for line in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines()) if "train/loss" in line] == list(range(1, 9))
+    assert [
+        line["step"]
+        for line in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+        if "train/loss" in line
+    ] == list(range(1, 9))
 
 
 @pytest.mark.parametrize("seconds, text", [(3, "3s"), (200, "3m20s"), (3840, "1h04m")])

@@ -1,7 +1,7 @@
 """Rows -> batches: one `pread` per image straight from the index, no tar walking, no state.
 
-A data set here answers `__getitems__(positions)` with a whole batch, so the workers collate and the main process does nothing
-per sample. Files are opened lazily, once per process, which makes the objects cheap to send to a worker.
+A data set here answers `__getitems__(positions)` with a whole batch, so the workers collate and the main process does
+nothing per sample. Files are opened lazily, once per process, which makes the objects cheap to send to a worker.
 """
 
 import os
@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from mlc.data.order import AUGMENT, Draws, locate
-from mlc.data.transforms import BadImage, EvalTransform, TrainTransform
+from mlc.data.transforms import EvalTransform, TrainTransform
 from shards.console import UserError
 from shards.dataset import Dataset, Index, open_index
+from shards.image import BadImage
 
 Batch = dict[str, torch.Tensor]
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -46,7 +47,9 @@ class TarReader:
         size = int(self.index.size[row])
         data = os.pread(self._open(int(self.index.shard[row])), size, int(self.index.offset[row]))
         if len(data) != size:
-            raise UserError(f"{self.name(row)}: the shard ends inside this image; it is truncated (`mlc verify` lists the damage)")
+            raise UserError(
+                f"{self.name(row)}: the shard ends inside this image; it is truncated (`mlc verify` lists the damage)"
+            )
         return data
 
     def _open(self, shard: int) -> int:
@@ -69,8 +72,11 @@ class FolderReader:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise UserError(f"--images {folder}: no such folder")
-        self.names = sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*")
-                            if path.suffix.lower() in IMAGE_SUFFIXES)
+        self.names = sorted(
+            str(path.relative_to(self.folder))
+            for path in self.folder.rglob("*")
+            if path.suffix.lower() in IMAGE_SUFFIXES
+        )
         if not self.names:
             raise UserError(f"--images {folder}: no images in it (looked for {', '.join(IMAGE_SUFFIXES)})")
 
@@ -91,7 +97,7 @@ def decode(reader: TarReader | FolderReader, row: int, transform, draws: Draws |
     try:
         return transform(reader.read(row), draws)
     except BadImage as error:
-        raise UserError(f"{reader.name(row)}: cannot be decoded as an image: {error}") from error
+        raise UserError(f"{reader.name(row)}: {error}") from error
 
 
 class TrainDataset:
@@ -103,10 +109,15 @@ class TrainDataset:
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         position = np.asarray(positions, np.int64)
         _, rows = locate(position, len(self.reader), self.seed)
-        image = np.stack([decode(self.reader, int(row), self.transform, Draws(self.seed, AUGMENT, int(p)))
-                          for p, row in zip(position, rows, strict=True)])
-        return _batch(image, rows, position=torch.from_numpy(position),
-                      target=torch.from_numpy(self.reader.index.targets(rows)))
+        image = np.stack(
+            [
+                decode(self.reader, int(row), self.transform, Draws(self.seed, AUGMENT, int(p)))
+                for p, row in zip(position, rows, strict=True)
+            ]
+        )
+        return _batch(
+            image, rows, position=torch.from_numpy(position), target=torch.from_numpy(self.reader.index.targets(rows))
+        )
 
 
 class EvalDataset:

@@ -1,8 +1,9 @@
 """Which positions each rank reads, and the worker processes that read them.
 
-Training: global batch s is positions [start, start + G). Micro-step m gives rank r the positions [start + (m W + r) B, + B), so
-that the union over ranks and micro-steps is the same for every world size W, micro-batch B and accumulation. Evaluation: rows in
-fixed blocks of B, block b to rank b mod W, so that a row always meets the same neighbours.
+Training: global batch s is positions [start, start + G). Micro-step m gives rank r the positions
+[start + (m W + r) B, + B), so that the union over ranks and micro-steps is the same for every world size W,
+micro-batch B and accumulation. Evaluation: rows in fixed blocks of B, block b to rank b mod W, so that a row always
+meets the same neighbours.
 """
 
 import time
@@ -29,8 +30,10 @@ class BatchPlan:
         return self.global_batch // (self.batch_size * self.world_size)
 
     def __str__(self) -> str:
-        return (f"global batch {self.global_batch} = {self.world_size} process{'es' * (self.world_size > 1)} x {self.batch_size}"
-                f" a device x {self.accumulation} accumulated")
+        return (
+            f"global batch {self.global_batch} = {self.world_size} process{'es' * (self.world_size > 1)} x "
+            f"{self.batch_size} a device x {self.accumulation} accumulated"
+        )
 
 
 def plan_batches(global_batch: int | None, batch_size: int, world_size: int, *, pairs: bool) -> BatchPlan:
@@ -44,10 +47,14 @@ def plan_batches(global_batch: int | None, batch_size: int, world_size: int, *, 
     if global_batch % at_once:
         fits = [b for b in range(1, global_batch + 1) if global_batch % (b * world_size) == 0 and not (pairs and b % 2)]
         hint = f"--batch-size one of {', '.join(map(str, fits))}" if fits else f"a multiple of {world_size}"
-        raise UserError(f"--global-batch-size {global_batch} is not a multiple of --batch-size {batch_size} x {world_size} "
-                        f"processes = {at_once}; use {hint}")
+        raise UserError(
+            f"--global-batch-size {global_batch} is not a multiple of --batch-size {batch_size} x {world_size} "
+            f"processes = {at_once}; use {hint}"
+        )
     if pairs and batch_size % 2:
-        raise UserError(f"--batch-size {batch_size} is odd, but mixing pairs samples on a device; use {batch_size + 1} or --mixup 0")
+        raise UserError(
+            f"--batch-size {batch_size} is odd, but mixing pairs samples on a device; use {batch_size + 1} or --mixup 0"
+        )
     return BatchPlan(global_batch, batch_size, world_size)
 
 
@@ -69,8 +76,14 @@ def eval_blocks(n: int, batch_size: int, world_size: int, rank: int) -> Iterator
 
 def load(dataset: TrainDataset | EvalDataset, positions: Iterator, *, workers: int, device: torch.device) -> DataLoader:
     """Batches of `positions`, in order, made by `workers` processes (0: in this one)."""
-    return DataLoader(dataset, batch_sampler=positions, num_workers=workers, collate_fn=_already_a_batch,
-                      pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None)
+    return DataLoader(
+        dataset,
+        batch_sampler=positions,
+        num_workers=workers,
+        collate_fn=_already_a_batch,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=4 if workers else None,
+    )
 
 
 def _already_a_batch(batch: Batch) -> Batch:

@@ -1,5 +1,5 @@
-"""Mixing of samples on the device. Partners are the positions 2k and 2k + 1 of the stream, which always share a micro-batch,
-so the mixed samples of a global batch do not depend on world size, micro-batch or accumulation.
+"""Mixing of samples on the device. Partners are the positions 2k and 2k + 1 of the stream, which always share a
+micro-batch, so the mixed samples of a global batch do not depend on world size, micro-batch or accumulation.
 """
 
 import numpy as np
@@ -10,9 +10,9 @@ from mlc.data.order import MIX, uniform
 
 
 def mix_lambda(position: torch.Tensor, *, alpha: float, prob: float, seed: int) -> torch.Tensor:
-    """Each sample's own share, float32 [B] in [0, 1], the same for both partners; 1 where a pair is left unmixed.
+    """Each sample's own share, float32 [B] in [0, 1], equal for both partners; 1 where a pair is not mixed.
 
-    lambda ~ Beta(alpha, alpha) (Zhang et al. 2017, mixup) by the inverse of its distribution at one uniform of the pair.
+    lambda ~ Beta(alpha, alpha) (Zhang et al. 2017, mixup) by the inverse of its distribution at a uniform of the pair.
     """
     pair = position.cpu().numpy() // 2
     lam = betaincinv(alpha, alpha, uniform(seed, MIX, pair, 0))
@@ -26,7 +26,7 @@ def swap_pairs(x: torch.Tensor) -> torch.Tensor:
 
 
 def mixup(image: torch.Tensor, target: torch.Tensor, lam: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Convex combination of image [B, 3, H, W] and target [B, C] with the partner's, lam [B] the share of the own one."""
+    """Convex combination of image [B, 3, H, W] and target [B, C] with the partner's; lam [B] is the own share."""
     own = lam.view(-1, 1, 1, 1)
     image = own * image + (1 - own) * swap_pairs(image)
     own = lam.view(-1, 1)

@@ -1,10 +1,10 @@
 """The data order: a pure function from a position in the endless training stream to an epoch and a row.
 
 A run's whole data state is one integer, `samples_seen`, because nothing here has a state: no buffer to refill, no
-generator to save, no library's random stream (those change between versions). Epoch `e` visits row `permute(i, n, key(seed, e))`
-at its i-th place; `permute` is a keyed bijection of [0, n), computed in O(1) memory. Every random choice about a sample
-is drawn from a counter-based generator keyed by (seed, position), so it does not matter which rank, worker or micro-batch
-asks for it, or when.
+generator to save, no library's random stream (those change between versions). Epoch `e` visits row
+`permute(i, n, key(seed, e))` at its i-th place; `permute` is a keyed bijection of [0, n), computed in O(1) memory.
+Every random choice about a sample is drawn from a counter-based generator keyed by (seed, position), so it does not
+matter which rank, worker or micro-batch asks for it, or when.
 """
 
 import numpy as np
@@ -19,7 +19,7 @@ ORDER, AUGMENT, ERASE, MIX, DROPOUT = range(1, 6)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser (Steele, Lea, Flood 2014), a bijection of 64-bit words that flips every bit with p = 1/2."""
+    """SplitMix64's finaliser (Steele, Lea, Flood 2014): a bijection of 64-bit words, each bit flips with p = 1/2."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -67,7 +67,7 @@ def permute(i, n: int, key) -> np.ndarray:
     if not 1 <= n < 1 << 63:
         raise ValueError(f"permute: n must be in [1, 2^63), got {n}")
     i = np.asarray(i)
-    if i.size and not (0 <= i.min() and i.max() < n):
+    if i.size and not (i.min() >= 0 and i.max() < n):
         raise ValueError(f"permute: i must be in [0, {n})")
     x = i.astype(np.uint64).reshape(-1)
     key = np.broadcast_to(hash64(key).reshape(np.shape(key)), i.shape).reshape(-1)
@@ -87,7 +87,7 @@ def locate(position, n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Draws:
-    """The random choices about one sample, in the order they are asked for: a counter behind (seed, stream, position)."""
+    """The random choices about one sample, in the order they are asked for: a counter keyed by the arguments."""
 
     def __init__(self, seed: int, stream: int, position: int):
         self._key = int(hash64(seed, stream, position)[0])

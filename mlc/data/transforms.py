@@ -1,23 +1,22 @@
 """Encoded bytes -> uint8 pixels in the workers; float only on the device, where it is cheap and batched.
 
-Every random choice comes from `Draws`, keyed by (seed, position). RandAugment and AutoAugment are timm's own policies; they
-draw from Python's and numpy's global generators, which are seeded for that one image from the same key.
+Every random choice comes from `Draws`, keyed by (seed, position). RandAugment and AutoAugment are timm's own policies;
+they draw from Python's and numpy's global generators, which are seeded for that one image from the same key.
 """
 
-import io
 import math
 import random
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from timm.data import auto_augment
 
 from mlc.data.order import ERASE, Draws
+from shards.image import BadImage, open_image, to_rgb
 
 Box = tuple[float, float, float, float]  # left, upper, right, lower in pixels of the stored image
 
@@ -62,28 +61,26 @@ class EvalTransform:
 
     def __call__(self, data: bytes, draws: Draws | None = None) -> np.ndarray:
         """Bytes of an image -> uint8 [size, size, 3]."""
-        return np.asarray(decoded(data, self.size, whole if self.crop == "squish" else lambda size: center_box(size, self.crop_pct)))
-
-
-class BadImage(Exception):
-    """These bytes are no image that can be decoded."""
+        return np.asarray(
+            decoded(data, self.size, whole if self.crop == "squish" else lambda size: center_box(size, self.crop_pct))
+        )
 
 
 def decoded(data: bytes, size: int, choose: Callable[[tuple[int, int]], Box]) -> Image.Image:
-    """RGB [size, size] of the box that `choose` picks, given the image's (width, height)."""
+    """RGB [size, size] of the box that `choose` picks, given the upright image's (width, height). Raises BadImage."""
+    image = open_image(data)
     try:
-        image = open_image(data)
+        image = upright(image)
         return resized(image, choose(image.size), size)
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:  # what PIL raises
-        raise BadImage(str(error)) from error
+    except Exception as error:  # foreign bytes make the decoders raise anything
+        raise BadImage(f"does not decode: {error}") from error
 
 
-def open_image(data: bytes) -> Image.Image:
-    """The image with its header read and, where the file asks for it, turned upright; raises what PIL raises."""
-    image = Image.open(io.BytesIO(data))
-    if image.getexif().get(0x0112, 1) != 1:  # 0x0112: EXIF orientation
-        image = ImageOps.exif_transpose(image)
-    return image
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF orientation says; untouched, and so not yet decoded, where it says nothing."""
+    if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+        return image
+    return ImageOps.exif_transpose(image)
 
 
 def resized(image: Image.Image, box: Box, size: int) -> Image.Image:
@@ -94,14 +91,6 @@ def resized(image: Image.Image, box: Box, size: int) -> Image.Image:
     across, down = image.width / width, image.height / height
     box = (box[0] * across, box[1] * down, min(box[2] * across, image.width), min(box[3] * down, image.height))
     return to_rgb(image).resize((size, size), Image.Resampling.BICUBIC, box=box)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB; transparent pixels over white, as viewers show them."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
 
 
 def whole(size: tuple[int, int]) -> Box:
@@ -116,7 +105,7 @@ def center_box(size: tuple[int, int], crop_pct: float) -> Box:
 
 
 def random_box(size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float], draws: Draws) -> Box:
-    """Inception's crop as in timm and torchvision: area and aspect drawn ten times, else the largest centre crop allowed."""
+    """Inception's crop as in timm and torchvision: area and aspect drawn ten times, else the largest centre crop."""
     width, height = size
     for _ in range(10):
         area = draws.uniform(*scale) * width * height
@@ -135,11 +124,14 @@ _policies: dict[tuple, Callable] = {}
 
 
 def build_aa(policy: str, size: int, mean: tuple[float, ...]) -> Callable[[Image.Image], Image.Image]:
-    """timm's policy for a string such as `rand-m9-mstd0.5-inc1`, `original`, `augmix-m5-w4`, `3a`; made once a process."""
+    """timm's policy for a string such as `rand-m9-mstd0.5-inc1`, `original`, `augmix-m5-w4`, `3a`; made once."""
     key = (policy, size, mean)
     if key not in _policies:
-        hparams = {"translate_const": int(size * 0.45), "img_mean": tuple(min(255, round(255 * m)) for m in mean),
-                   "interpolation": Image.Resampling.BICUBIC}
+        hparams = {
+            "translate_const": int(size * 0.45),
+            "img_mean": tuple(min(255, round(255 * m)) for m in mean),
+            "interpolation": Image.Resampling.BICUBIC,
+        }
         if policy.startswith("rand"):
             _policies[key] = auto_augment.rand_augment_transform(policy, hparams)
         elif policy.startswith("augmix"):
@@ -182,7 +174,10 @@ def erase_box(height: int, width: int, draws: Draws) -> tuple[int, int, int, int
 
 
 def erase(image: torch.Tensor, position: torch.Tensor, *, prob: float, mode: str, seed: int) -> torch.Tensor:
-    """Random erasing (Zhong et al. 2017) in place on normalised [B, 3, H, W]: `const` zeros, `rand` one colour, `pixel` noise."""
+    """Random erasing (Zhong et al. 2017) in place on normalised [B, 3, H, W].
+
+    mode: `const` fills the box with zeros, `rand` with one random colour, `pixel` with noise.
+    """
     for b, p in enumerate(position.tolist()):
         draws = Draws(seed, ERASE, p)
         if draws.uniform() >= prob or (box := erase_box(*image.shape[-2:], draws)) is None:
@@ -193,5 +188,5 @@ def erase(image: torch.Tensor, position: torch.Tensor, *, prob: float, mode: str
         if shape is not None:
             noise = torch.Generator().manual_seed(draws.bits() >> 1)
             fill = torch.randn(shape, generator=noise).to(image.device, image.dtype, non_blocking=True)
-        image[b, :, top:top + h, left:left + w] = fill
+        image[b, :, top : top + h, left : left + w] = fill
     return image

@@ -105,8 +105,10 @@ def _create(name: str, asked: dict, wished: dict) -> nn.Module:
 def _out_of_reach(name: str, error: OSError) -> str:
     source = get_pretrained_cfg(name)
     where = source.hf_hub_id or source.url or name
-    return (f"the pretrained weights {where} are not in the local cache and their hub could not be reached "
-            f"({type(error).__name__}); download them elsewhere and give --pretrained-path FILE")
+    return (
+        f"the pretrained weights {where} are not in the local cache and their hub could not be reached "
+        f"({type(error).__name__}); download them elsewhere and give --pretrained-path FILE"
+    )
 
 
 def _first_line(error: Exception) -> str:
@@ -134,15 +136,20 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     head = _classifier_parameters(model)
     note = _drop_other_classifier(state, model, head)
     own = model.state_dict()
-    problems = [f"{key} is {list(state[key].shape)} in the file and {list(own[key].shape)} in the model"
-                for key in own if key in state and state[key].shape != own[key].shape]
+    problems = [
+        f"{key} is {list(state[key].shape)} in the file and {list(own[key].shape)} in the model"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
     if not problems:
         result = model.load_state_dict(state, strict=False)
         problems += [f"{key} is not in the file" for key in result.missing_keys if key not in head]
         problems += [f"{key} is not in the model" for key in result.unexpected_keys]
     if problems:
-        raise UserError(f"{path} does not fit {model.pretrained_cfg['architecture']} ({len(problems)} weights):\n"
-                        f"{listed(problems, 10)}")
+        raise UserError(
+            f"{path} does not fit {model.pretrained_cfg['architecture']} ({len(problems)} weights):\n"
+            f"{listed(problems, 10)}"
+        )
     if note:
         say(f"{path}: {note}")
 

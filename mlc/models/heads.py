@@ -28,8 +28,10 @@ def extra_linear(create: Create, num_classes: int) -> nn.Module:
     name = model.pretrained_cfg.get("classifier")
     classifier = model.get_submodule(name) if isinstance(name, str) else None
     if not isinstance(classifier, nn.Linear):
-        raise UserError(f"{model.pretrained_cfg['architecture']} has no single linear classifier to build on; "
-                        "use --head linear instead of extra_linear")
+        raise UserError(
+            f"{model.pretrained_cfg['architecture']} has no single linear classifier to build on; "
+            "use --head linear instead of extra_linear"
+        )
     model.set_submodule(name, nn.Sequential(classifier, nn.Linear(classifier.out_features, num_classes)))
     model.num_classes = num_classes
     return model

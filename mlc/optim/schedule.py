@@ -20,8 +20,9 @@ def parse_duration(text: str | int | float, *, epoch_samples: int, global_batch:
     """
     match = _DURATION.fullmatch(str(text).strip())
     if match is None:
-        raise UserError(f"{str(text)!r} is no duration: write epochs as 1ep, 0.5ep or 1, steps as 500st, "
-                        "samples as 10000ex")
+        raise UserError(
+            f"{str(text)!r} is no duration: write epochs as 1ep, 0.5ep or 1, steps as 500st, samples as 10000ex"
+        )
     number, unit = float(match[1]), match[2] or "ep"
     if unit != "ep" and not number.is_integer():
         raise UserError(f"{str(text)!r} is no duration: {'steps' if unit == 'st' else 'samples'} must be whole")

@@ -4,8 +4,9 @@
         __0_0.distcp  __1_0.distcp  .metadata     model, optimizer and EMA by torch.distributed.checkpoint
         meta.json                                 written last: a folder without it is not a checkpoint
 
-What a run needs to go on is in there and nowhere else, in this order: 1. weights, 2. optimizer state, 3. EMA, 4. `samples_seen`,
-`step` and the loop's few scalars. Data order, augmentation, learning rate and dropout are functions of those numbers.
+What a run needs to go on is in there and nowhere else, in this order: 1. weights, 2. optimizer state, 3. EMA,
+4. `samples_seen`, `step` and the loop's few scalars. Data order, augmentation, learning rate and dropout are functions
+of those numbers.
 """
 
 import json
@@ -17,7 +18,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict, set_model_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 from shards.console import UserError
 
@@ -26,8 +32,14 @@ META = "meta.json"
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
-def save(folder: Path, meta: dict[str, Any], *, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
-         ema: torch.nn.Module | None) -> None:
+def save(
+    folder: Path,
+    meta: dict[str, Any],
+    *,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: torch.nn.Module | None,
+) -> None:
     """Writes a checkpoint under a temporary name and publishes it whole. Every rank calls this at the same step."""
     building = folder.with_name(f".{folder.name}.tmp")
     if _rank() == 0:
@@ -42,7 +54,9 @@ def save(folder: Path, meta: dict[str, Any], *, model: torch.nn.Module, optimize
     _barrier()
 
 
-def load(folder: Path, *, model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: torch.nn.Module | None) -> None:
+def load(
+    folder: Path, *, model: torch.nn.Module, optimizer: torch.optim.Optimizer, ema: torch.nn.Module | None
+) -> None:
     """Restores in place; every rank calls this.
 
     Raises:
@@ -82,7 +96,9 @@ def find(resume: str, run: Path) -> Path | None:
         return path
     found = complete(path / "checkpoints") or complete(path)
     if not found:
-        raise UserError(f"--resume {resume}: no complete checkpoint there; give a run, a folder step-... with a {META}, or `auto`")
+        raise UserError(
+            f"--resume {resume}: no complete checkpoint there; give a run, a folder step-... with a {META}, or `auto`"
+        )
     return found[-1]
 
 

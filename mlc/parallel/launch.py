@@ -1,7 +1,7 @@
 """Joining the other processes, on GPUs or on a CPU, and refusing to train apart by mistake.
 
-`accelerate launch` with a multi-GPU file on a machine without GPUs starts processes that never meet (each trains alone and
-overwrites the other's files), unless ACCELERATE_USE_CPU is set; so it is set here, before Accelerate looks at it.
+`accelerate launch` with a multi-GPU file on a machine without GPUs starts processes that never meet (each trains alone
+and overwrites the other's files), unless ACCELERATE_USE_CPU is set; so it is set here, before Accelerate looks at it.
 """
 
 import os
@@ -26,25 +26,33 @@ def start(amp_dtype: str = "auto") -> Accelerator:
     world, local_world = _from_env("WORLD_SIZE"), _from_env("LOCAL_WORLD_SIZE")
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
     if world > 1 and "MASTER_ADDR" not in os.environ:
-        raise UserError(f"WORLD_SIZE is {world}, but MASTER_ADDR is not set: the processes cannot meet; start them with `accelerate launch` or torchrun")
+        raise UserError(
+            f"WORLD_SIZE is {world}, but MASTER_ADDR is not set: the processes cannot meet; "
+            "start them with `accelerate launch` or torchrun"
+        )
     if on_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+        if local_world > 1 or "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it to 1 whatever the machine has
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
     elif local_world > torch.cuda.device_count():
-        raise UserError(f"{local_world} processes were started on a machine with {torch.cuda.device_count()} GPU(s); "
-                        f"launch with --num_processes {torch.cuda.device_count()}")
+        raise UserError(
+            f"{local_world} processes were started on a machine with {torch.cuda.device_count()} GPU(s); "
+            f"launch with --num_processes {torch.cuda.device_count()}"
+        )
     accelerator = Accelerator(
         mixed_precision=_precision(amp_dtype, on_cpu),
         cpu=on_cpu,
         kwargs_handlers=[
-            # Rank 0's running statistics are the model's: they are sent out before each forward pass and before each save.
+            # Rank 0's running statistics are the model's: sent out before each forward pass and before each save.
             DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=True),
             InitProcessGroupKwargs(timeout=timedelta(minutes=30)),
         ],
     )
     if accelerator.num_processes != world:
-        raise UserError(f"the launcher started {world} processes, but {accelerator.num_processes} are connected; each would train alone. "
-                        f"Check `distributed_type` in the accelerate configuration (MULTI_GPU for GPUs and for a CPU)")
+        raise UserError(
+            f"the launcher started {world} processes, but {accelerator.num_processes} are connected; each would train "
+            "alone. Check `distributed_type` in the accelerate configuration (MULTI_GPU for GPUs and for a CPU)"
+        )
     return accelerator
 
 
@@ -73,7 +81,10 @@ def peers():
         yield
     except RuntimeError as error:
         if any(word in str(error) for word in ("closed by peer", "reset by peer", "Broken pipe")):
-            print(f"[rank {os.environ.get('RANK', 0)}] stopped: another process failed, its error is the one to read", file=sys.stderr)
+            print(
+                f"[rank {os.environ.get('RANK', 0)}] stopped: another process failed, its error is the one to read",
+                file=sys.stderr,
+            )
             os._exit(1)  # the process group is broken: an orderly exit would wait for the others
         raise
 

@@ -1,7 +1,7 @@
 """One flag that says stop: a signal, Ctrl-C or a file `STOP` in the run's folder.
 
-A signal reaches one process, and not all at the same step; so each process only offers its flag to the all-reduce that the step
-does anyway, and all of them act on the sum, at the same step.
+A signal reaches one process, and not all at the same step; so each process only offers its flag to the all-reduce that
+the step does anyway, and all of them act on the sum, at the same step.
 """
 
 import signal

@@ -28,12 +28,23 @@ def test_every_row_is_in_one_block_and_blocks_are_the_same_at_any_world_size(n, 
     assert {tuple(block) for rank in blocks for block in rank if block[0] >= 0} == alone
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (dict(global_batch=30, batch_size=8, world_size=2, pairs=False), ("--global-batch-size 30", "--batch-size one of 1, 3, 5, 15")),
-    (dict(global_batch=31, batch_size=8, world_size=2, pairs=False), ("a multiple of 2",)),
-    (dict(global_batch=None, batch_size=7, world_size=2, pairs=True), ("--batch-size 7 is odd", "--mixup 0")),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (
+            {"global_batch": 30, "batch_size": 8, "world_size": 2, "pairs": False},
+            ("--global-batch-size 30", "--batch-size one of 1, 3, 5, 15"),
+        ),
+        ({"global_batch": 31, "batch_size": 8, "world_size": 2, "pairs": False}, ("a multiple of 2",)),
+        (
+            {"global_batch": None, "batch_size": 7, "world_size": 2, "pairs": True},
+            ("--batch-size 7 is odd", "--mixup 0"),
+        ),
+    ],
+)
 def test_impossible_divisions_say_what_fits(arguments, words):
     with pytest.raises(UserError) as error:
-        plan_batches(arguments.pop("global_batch"), arguments.pop("batch_size"), arguments.pop("world_size"), **arguments)
+        plan_batches(
+            arguments.pop("global_batch"), arguments.pop("batch_size"), arguments.pop("world_size"), **arguments
+        )
     assert all(word in str(error.value) for word in words)

@@ -41,7 +41,7 @@ GOLDEN_DRAWS = [15636203820027758812, 717, 0.447275186857]
 
 @pytest.mark.parametrize("n", [2, 3, 5, 8, 10, 24, 100])
 def test_every_place_is_equally_likely(n):
-    """Over many keys, element 0 and the last go everywhere equally often, and neighbours land independently (chi-square)."""
+    """Over many keys, the first and the last go everywhere equally often, and independently (chi-square)."""
     keys = np.arange(20_000)
     first, last = (permute(np.full(len(keys), i), n, keys) for i in (0, n - 1))
     assert stats.chisquare(np.bincount(first, minlength=n)).pvalue > 1e-4
@@ -71,6 +71,7 @@ def test_epochs_are_uncorrelated():
 
 def test_a_batch_out_of_ten_billion_needs_no_memory_in_n():
     import tracemalloc
+
     position = np.arange(10**10 * 3 + 5, 10**10 * 3 + 517)
     tracemalloc.start()
     epoch, row = locate(position, 10**10, seed=1)

@@ -18,14 +18,50 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 pytestmark = pytest.mark.distributed
 
 STEPS = 24
-AUGMENTED = ["--mixup", "0.4", "--aa", "rand-m9-mstd0.5-inc1", "--reprob", "0.3", "--smoothing", "0.1", "--clip-grad", "1"]
+AUGMENTED = [
+    "--mixup",
+    "0.4",
+    "--aa",
+    "rand-m9-mstd0.5-inc1",
+    "--reprob",
+    "0.3",
+    "--smoothing",
+    "0.1",
+    "--clip-grad",
+    "1",
+]
 
 
 def train_args(shards: Path, folder: Path, *more: str) -> list[str]:
     """24 steps of 16 over 100 samples: the run crosses two ends of an epoch."""
-    return ["train.py", *TINY, *AUGMENTED, "--data", str(shards), "--output", str(folder), "--experiment", "run", "--global-batch-size", "16",
-            "--max-steps", str(STEPS), "--eval-every", "8st", "--checkpoint-every", "5st", "--log-interval", "1", "--lr", "1e-3",
-            "--model-ema-decay", "0.9", "--log-samples", str(folder / "samples.jsonl"), *more]
+    return [
+        "train.py",
+        *TINY,
+        *AUGMENTED,
+        "--data",
+        str(shards),
+        "--output",
+        str(folder),
+        "--experiment",
+        "run",
+        "--global-batch-size",
+        "16",
+        "--max-steps",
+        str(STEPS),
+        "--eval-every",
+        "8st",
+        "--checkpoint-every",
+        "5st",
+        "--log-interval",
+        "1",
+        "--lr",
+        "1e-3",
+        "--model-ema-decay",
+        "0.9",
+        "--log-samples",
+        str(folder / "samples.jsonl"),
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +100,9 @@ def samples(folder: Path) -> list[str]:
 
 def kill_when_at(step: int, argv: list[str], log: Path) -> None:
     """Starts a run on two processes and kills all of it with -9 once its log shows the step."""
-    process = subprocess.Popen(command(*argv, processes=2), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(*argv, processes=2), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     family = psutil.Process(process.pid)
     deadline = time.monotonic() + 120
     while not (log.exists() and f'{{"step": {step},' in log.read_text()):
@@ -107,15 +145,20 @@ def test_one_process_without_workers_sees_the_same_augmented_samples(shards, ref
 
 def test_two_then_one_then_two_processes_resumed_in_mid_epoch(shards, reference, tmp_path):
     for steps, batch, workers, processes in ((9, "8", "1", 2), (17, "16", "2", 1), (STEPS, "2", "0", 2)):
-        run(*train_args(shards, tmp_path, "-b", batch, "-j", workers, "--max-steps", str(steps), "--resume", "auto"), processes=processes)
+        run(
+            *train_args(shards, tmp_path, "-b", batch, "-j", workers, "--max-steps", str(steps), "--resume", "auto"),
+            processes=processes,
+        )
     assert samples(tmp_path) == samples(reference)
     steps = [line["step"] for line in log_of(tmp_path / "run") if "train/loss" in line]
     assert steps == list(range(1, STEPS + 1))
 
 
 def first_gradient(folder: Path, tmp_path: Path, shards: Path, batch: str, processes: int) -> dict[str, torch.Tensor]:
-    """The gradient of step 1: AdamW's first moment after one step is (1 - beta1) times it. Without dropout, which depends on the rank."""
-    run(*train_args(shards, folder, "-b", batch, "-j", "0", "--max-steps", "1", "--drop-path", "0"), processes=processes)
+    """The gradient of step 1: AdamW's first moment is (1 - beta1) times it. No drop-path: it depends on the rank."""
+    run(
+        *train_args(shards, folder, "-b", batch, "-j", "0", "--max-steps", "1", "--drop-path", "0"), processes=processes
+    )
     file = tmp_path / "gradient.pt"
     dcp_to_torch_save(folder / "run" / "checkpoints" / "step-00000001", file)
     state = torch.load(file, weights_only=True)["optimizer"]["state"]
@@ -128,12 +171,25 @@ def test_accumulated_gradient_is_the_full_batch_gradient(shards, tmp_path, batch
     divided = first_gradient(tmp_path / "divided", tmp_path, shards, batch, processes)
     assert full.keys() == divided.keys() and len(full) > 20
     for name in full:
-        torch.testing.assert_close(divided[name], full[name], rtol=1e-4, atol=1e-5 * float(full[name].abs().max()) + 1e-9, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            divided[name],
+            full[name],
+            rtol=1e-4,
+            atol=1e-5 * float(full[name].abs().max()) + 1e-9,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
 
 
 def test_a_stop_file_saves_on_all_ranks_and_the_run_goes_on(shards, reference, tmp_path):
     argv = train_args(shards, tmp_path, "-b", "8", "-j", "1", "--resume", "auto")
-    process = subprocess.Popen(command(*argv, processes=2), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command(*argv, processes=2),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     log = tmp_path / "run" / "log.jsonl"
     while not (log.exists() and '{"step": 2,' in log.read_text()):
         assert process.poll() is None, process.stdout.read()

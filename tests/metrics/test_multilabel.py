@@ -46,8 +46,9 @@ def test_average_precision_equals_scikit_learn(seed, ties):
 def test_average_precision_equals_torchmetrics(ties):
     scores, target = batch(0, ties)
     keep = [c for c in range(9) if c != 2]
-    expected = multilabel_average_precision(torch.tensor(scores[:, keep]), torch.tensor(target[:, keep]).long(), 8,
-                                            average="none")
+    expected = multilabel_average_precision(
+        torch.tensor(scores[:, keep]), torch.tensor(target[:, keep]).long(), 8, average="none"
+    )
     np.testing.assert_allclose(average_precision(scores[:, keep], target[:, keep]), expected, rtol=1e-5)
 
 
@@ -73,8 +74,9 @@ def test_f1_equals_scikit_learn(average, seed):
 def test_f1_equals_torchmetrics(average):
     scores, target = batch(0)
     keep = [c for c in range(9) if c != 2]  # torchmetrics drops a class without positives or predictions
-    expected = multilabel_f1_score(torch.tensor(scores[:, keep]), torch.tensor(target[:, keep]).long(), 8,
-                                   threshold=0.5, average=average)
+    expected = multilabel_f1_score(
+        torch.tensor(scores[:, keep]), torch.tensor(target[:, keep]).long(), 8, threshold=0.5, average=average
+    )
     assert BY_AVERAGE[average](scores[:, keep] > 0.5, target[:, keep]) == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -96,20 +98,26 @@ def test_a_threshold_per_class():
     found = dict(evaluate(scores, target, limits))
     assert found["f1_micro"] == pytest.approx(f1_score(target, scores > limits, average="micro"))
     assert summary(scores, target, limits)["OP"] == pytest.approx(
-        precision_score(target, scores > limits, average="micro"))
+        precision_score(target, scores > limits, average="micro")
+    )
 
 
 def test_evaluate_names_groups_and_tuned_value():
     scores, target = batch(3)
     found = dict(evaluate(scores, target, 0.5, groups={"digit": range(5), "ink": [5, 6, 7, 8]}))
     per_group = ["map", "f1_samples", "f1_micro", "f1_macro"]
-    assert list(found) == [*per_group, "f1_samples@tuned", "threshold",
-                           *(f"{name}/{group}" for group in ("digit", "ink") for name in per_group)]
+    assert list(found) == [
+        *per_group,
+        "f1_samples@tuned",
+        "threshold",
+        *(f"{name}/{group}" for group in ("digit", "ink") for name in per_group),
+    ]
     assert found["f1_samples@tuned"] >= found["f1_samples"]
     assert found["f1_samples@tuned"] == pytest.approx(f1_samples(scores > np.float32(found["threshold"]), target))
     assert found["map/ink"] == pytest.approx(mean_average_precision(scores[:, 5:], target[:, 5:]))
     assert found["f1_macro/digit"] == pytest.approx(
-        f1_score(target[:, :5], scores[:, :5] > 0.5, average="macro", zero_division=0))
+        f1_score(target[:, :5], scores[:, :5] > 0.5, average="macro", zero_division=0)
+    )
 
 
 def test_nothing_to_find_gives_zeros_and_no_warning():

@@ -32,8 +32,16 @@ def test_swin_at_any_size_and_window(name, size, window):
     assert model.not_taken == ()
 
 
-@pytest.mark.parametrize("name, taken", [("test_resnet", False), ("test_efficientnet", False), ("test_convnext", False),
-                                         ("test_vit", True), ("vgg11", False)])
+@pytest.mark.parametrize(
+    "name, taken",
+    [
+        ("test_resnet", False),
+        ("test_efficientnet", False),
+        ("test_convnext", False),
+        ("test_vit", True),
+        ("vgg11", False),
+    ],
+)
 def test_backbones_get_the_size_only_if_they_take_one(name, taken):
     model = build_model(name=name, num_classes=3, img_size=64)
     assert ("img_size" in model.not_taken) is not taken
@@ -59,21 +67,29 @@ def test_gradient_checkpointing():
         build_model(name="dla34", num_classes=3, grad_checkpointing=True)
 
 
-@pytest.mark.parametrize("published, current, head", [
-    ("swinv2_large_window12to16_192to256_22kft1k", "swinv2_large_window12to16_192to256.ms_in22k_ft_in1k", "linear"),
-    ("swin_large_patch4_window7_224_in22k", "swin_large_patch4_window7_224.ms_in22k", "linear"),
-    ("swin_large_patch4_window7_224_linear", "swin_large_patch4_window7_224", "extra_linear"),
-    ("swin_large_patch4_window7_224_in22k_linear", "swin_large_patch4_window7_224.ms_in22k", "extra_linear"),
-    ("resnet18.a1_in1k", "resnet18.a1_in1k", "linear"),
-])
+@pytest.mark.parametrize(
+    "published, current, head",
+    [
+        ("swinv2_large_window12to16_192to256_22kft1k", "swinv2_large_window12to16_192to256.ms_in22k_ft_in1k", "linear"),
+        ("swin_large_patch4_window7_224_in22k", "swin_large_patch4_window7_224.ms_in22k", "linear"),
+        ("swin_large_patch4_window7_224_linear", "swin_large_patch4_window7_224", "extra_linear"),
+        ("swin_large_patch4_window7_224_in22k_linear", "swin_large_patch4_window7_224.ms_in22k", "extra_linear"),
+        ("resnet18.a1_in1k", "resnet18.a1_in1k", "linear"),
+    ],
+)
 def test_published_names(published, current, head):
     assert resolve_name(published) == (current, head)
 
 
-@pytest.mark.parametrize("name, hint", [
-    ("swinv2_tiny_windw8_256", "swinv2_tiny_window8_256"), ("resnet18.nope", "a1_in1k"),
-    ("hf-hub:someone/resnet18", "no model"), ("", "no model"),
-])
+@pytest.mark.parametrize(
+    "name, hint",
+    [
+        ("swinv2_tiny_windw8_256", "swinv2_tiny_window8_256"),
+        ("resnet18.nope", "a1_in1k"),
+        ("hf-hub:someone/resnet18", "no model"),
+        ("", "no model"),
+    ],
+)
 def test_an_unknown_name_gets_near_names(name, hint):
     with pytest.raises(UserError, match=hint):
         resolve_name(name)
@@ -106,15 +122,19 @@ def saved(tmp_path, content, name="weights.pth"):
     return tmp_path / name
 
 
-@pytest.mark.parametrize("wrap", [
-    lambda state: state,
-    lambda state: {"state_dict": state, "epoch": 3},
-    lambda state: {"model": state},
-    lambda state: {"state_dict": {}, "state_dict_ema": state},
-    lambda state: {"state_dict": {f"module.{key}": value for key, value in state.items()}},
-    lambda state: OrderedDict((f"_orig_mod.{key}", value) for key, value in state.items()),
-    lambda state: {f"module._orig_mod.{key}": value for key, value in state.items()},
-], ids=["bare", "state_dict", "model", "ema", "ddp", "compiled", "both"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {"model": state},
+        lambda state: {"state_dict": {}, "state_dict_ema": state},
+        lambda state: {"state_dict": {f"module.{key}": value for key, value in state.items()}},
+        lambda state: OrderedDict((f"_orig_mod.{key}", value) for key, value in state.items()),
+        lambda state: {f"module._orig_mod.{key}": value for key, value in state.items()},
+    ],
+    ids=["bare", "state_dict", "model", "ema", "ddp", "compiled", "both"],
+)
 def test_weights_from_a_checkpoint(tmp_path, wrap, capsys):
     source = tiny()
     path = saved(tmp_path, wrap(source.state_dict()))
@@ -138,25 +158,37 @@ def test_a_file_without_classifier_is_named(tmp_path, capsys):
     assert "it has no classifier" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name, before, after", [
-    (SWIN, {"img_size": 32, "window_size": 4}, {"img_size": 64, "window_size": 8}),
-    (SWIN_V2, {"img_size": 32, "window_size": 4}, {"img_size": 64, "window_size": 8}),
-    ("test_vit", {"img_size": 64}, {"img_size": 96}),
-])
+@pytest.mark.parametrize(
+    "name, before, after",
+    [
+        (SWIN, {"img_size": 32, "window_size": 4}, {"img_size": 64, "window_size": 8}),
+        (SWIN_V2, {"img_size": 32, "window_size": 4}, {"img_size": 64, "window_size": 8}),
+        ("test_vit", {"img_size": 64}, {"img_size": 96}),
+    ],
+)
 def test_weights_made_for_another_size_are_resampled_as_timm_does(tmp_path, name, before, after):
     kwargs = {} if name == "test_vit" else TINY
     path = saved(tmp_path, timm.create_model(name, num_classes=3, **before, **kwargs).state_dict())
     size = after.pop("img_size")
     mine = build_model(name=name, num_classes=3, img_size=size, pretrained_path=path, model_kwargs={**kwargs, **after})
-    reference = timm.create_model(name, num_classes=3, img_size=size, pretrained=True, **kwargs, **after,
-                                  pretrained_cfg_overlay={"file": str(path), "num_classes": 3})
+    reference = timm.create_model(
+        name,
+        num_classes=3,
+        img_size=size,
+        pretrained=True,
+        **kwargs,
+        **after,
+        pretrained_cfg_overlay={"file": str(path), "num_classes": 3},
+    )
     torch.testing.assert_close(logits(mine, size), logits(reference, size), rtol=0, atol=0)
 
 
 def test_an_original_swin_checkpoint_is_understood(tmp_path):
     source = tiny()
-    renamed = {name.replace("layers.1.downsample", "layers.0.downsample").replace("head.fc.", "head."): tensor
-               for name, tensor in source.state_dict().items()}
+    renamed = {
+        name.replace("layers.1.downsample", "layers.0.downsample").replace("head.fc.", "head."): tensor
+        for name, tensor in source.state_dict().items()
+    }
     assert renamed.keys() != source.state_dict().keys()
     model = tiny(pretrained_path=saved(tmp_path, {"model": renamed}))
     torch.testing.assert_close(logits(model, 32), logits(source, 32), rtol=0, atol=0)

@@ -24,9 +24,19 @@ def exported(folder, name="swinv2_tiny_window8_256", head="linear", size=32, **m
     model = build_model(name=name, num_classes=3, img_size=size, head=head, drop_path=0.1, model_kwargs=BACKBONES[name])
     for parameter in model.parameters():  # fresh zeros would hide a swapped or a missing weight
         torch.nn.init.normal_(parameter, std=0.1)
-    export(model, folder, architecture=model.pretrained_cfg["architecture"],
-           model_args={**BACKBONES[name], "img_size": size}, num_classes=3, label_names=["one", "two", "10"],
-           img_size=size, mean=MEAN, std=STD, extra={"step": 7}, **more)
+    export(
+        model,
+        folder,
+        architecture=model.pretrained_cfg["architecture"],
+        model_args={**BACKBONES[name], "img_size": size},
+        num_classes=3,
+        label_names=["one", "two", "10"],
+        img_size=size,
+        mean=MEAN,
+        std=STD,
+        extra={"step": 7},
+        **more,
+    )
     return model.eval()
 
 
@@ -80,30 +90,56 @@ def test_a_second_export_replaces_the_first_and_leaves_nothing_else(tmp_path):
 def test_exporting_leaves_the_model_as_it_was(tmp_path):
     model = exported(tmp_path, head="extra_linear")
     before = deepcopy(model.state_dict())
-    export(model, tmp_path, architecture="swinv2_tiny_window8_256", model_args={}, num_classes=3,
-           label_names=["a", "b", "c"], img_size=32, mean=MEAN, std=STD, extra={})
+    export(
+        model,
+        tmp_path,
+        architecture="swinv2_tiny_window8_256",
+        model_args={},
+        num_classes=3,
+        label_names=["a", "b", "c"],
+        img_size=32,
+        mean=MEAN,
+        std=STD,
+        extra={},
+    )
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_the_names_must_be_as_many_as_the_classes(tmp_path):
     model = build_model(name="test_resnet", num_classes=3)
     with pytest.raises(AssertionError, match="2 label names for 3"):
-        export(model, tmp_path, architecture="test_resnet", model_args={}, num_classes=3, label_names=["a", "b"],
-               img_size=32, mean=MEAN, std=STD, extra={})
+        export(
+            model,
+            tmp_path,
+            architecture="test_resnet",
+            model_args={},
+            num_classes=3,
+            label_names=["a", "b"],
+            img_size=32,
+            mean=MEAN,
+            std=STD,
+            extra={},
+        )
 
 
-@pytest.mark.parametrize("damage, says", [
-    (lambda folder: (folder / "config.json").unlink(), "config.json: missing"),
-    (lambda folder: (folder / "config.json").write_text("{"), "config.json: missing or damaged"),
-    (lambda folder: (folder / "config.json").write_text("{}"), "no 'architecture' in it"),
-    (lambda folder: change(folder, architecture="swinv9"), "has no model 'swinv9'"),
-    (lambda folder: change(folder, label_names=["one"]), "1 label names for 3 classes"),
-    (lambda folder: change(folder, model_args={"colour": 3}), "cannot build this model"),
-    (lambda folder: change(folder, model_args=[]), "cannot build this model"),
-    (lambda folder: change(folder, num_classes=1, label_names=["one"]), "does not fit the config.json"),
-    (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors: missing"),
-    (lambda folder: (folder / "model.safetensors").write_bytes(b"12345678"), "model.safetensors: missing or damaged"),
-])
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        (lambda folder: (folder / "config.json").unlink(), "config.json: missing"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json: missing or damaged"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "no 'architecture' in it"),
+        (lambda folder: change(folder, architecture="swinv9"), "has no model 'swinv9'"),
+        (lambda folder: change(folder, label_names=["one"]), "1 label names for 3 classes"),
+        (lambda folder: change(folder, model_args={"colour": 3}), "cannot build this model"),
+        (lambda folder: change(folder, model_args=[]), "cannot build this model"),
+        (lambda folder: change(folder, num_classes=1, label_names=["one"]), "does not fit the config.json"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors: missing"),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes(b"12345678"),
+            "model.safetensors: missing or damaged",
+        ),
+    ],
+)
 def test_damage_is_one_line_that_names_the_file(tmp_path, damage, says):
     exported(tmp_path)
     damage(tmp_path)

@@ -21,8 +21,7 @@ def batch(soft: bool) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("soft", [False, True])
 def test_bce_equals_torch_and_keeps_one_value_per_class(soft):
     logits, target = batch(soft)
-    torch.testing.assert_close(bce(logits, target),
-                               binary_cross_entropy_with_logits(logits, target, reduction="none"))
+    torch.testing.assert_close(bce(logits, target), binary_cross_entropy_with_logits(logits, target, reduction="none"))
 
 
 @pytest.mark.parametrize("soft", [False, True])

@@ -19,8 +19,11 @@ def names(model, decay: float) -> list[str]:
 
 def test_swin_v2_decays_matrices_only():
     model = swin_v2()
-    expected = [name for name, parameter in model.named_parameters()
-                if parameter.ndim > 1 and "cpb_mlp" not in name and "logit_scale" not in name]
+    expected = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim > 1 and "cpb_mlp" not in name and "logit_scale" not in name
+    ]
     assert names(model, 0.05) == expected
     assert len(names(model, 0.0)) + len(expected) == len(list(model.parameters()))
 

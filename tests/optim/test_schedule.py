@@ -22,10 +22,23 @@ def curve(scheduler, sgd, steps: int) -> list[float]:
     return rates
 
 
-@pytest.mark.parametrize("text, samples", [
-    ("1ep", 1000), ("0.5ep", 500), (".5ep", 500), ("500st", 16000), ("10000ex", 10000), ("3", 3000), (3, 3000),
-    (0.25, 250), ("0", 0), (" 2ep ", 2000), ("0.3333ep", 333), ("2.0st", 64),
-])
+@pytest.mark.parametrize(
+    "text, samples",
+    [
+        ("1ep", 1000),
+        ("0.5ep", 500),
+        (".5ep", 500),
+        ("500st", 16000),
+        ("10000ex", 10000),
+        ("3", 3000),
+        (3, 3000),
+        (0.25, 250),
+        ("0", 0),
+        (" 2ep ", 2000),
+        ("0.3333ep", 333),
+        ("2.0st", 64),
+    ],
+)
 def test_durations(text, samples):
     assert parse_duration(text, epoch_samples=1000, global_batch=BATCH) == samples
 
@@ -43,15 +56,24 @@ def test_cosine_with_warmup_equals_torch():
     rising = LinearLR(sgd, start_factor=0.1, total_iters=warmup)
     falling = CosineAnnealingLR(sgd, steps - warmup, eta_min=0.01)
     expected = curve(SequentialLR(sgd, [rising, falling], [warmup]), sgd, steps)
-    mine = [lr_at(step * BATCH, base_lr=0.4, total=steps * BATCH, warmup=warmup * BATCH, warmup_lr=0.04, min_lr=0.01)
-            for step in range(steps)]
+    mine = [
+        lr_at(step * BATCH, base_lr=0.4, total=steps * BATCH, warmup=warmup * BATCH, warmup_lr=0.04, min_lr=0.01)
+        for step in range(steps)
+    ]
     assert mine == pytest.approx(expected)
 
 
 def test_cosine_with_warmup_equals_timm():
     steps, warmup = 60, 10
-    scheduler = CosineLRScheduler(optimizer(0.4), t_initial=steps - warmup, lr_min=0.01, warmup_t=warmup,
-                                  warmup_lr_init=0.001, warmup_prefix=True, t_in_epochs=False)
+    scheduler = CosineLRScheduler(
+        optimizer(0.4),
+        t_initial=steps - warmup,
+        lr_min=0.01,
+        warmup_t=warmup,
+        warmup_lr_init=0.001,
+        warmup_prefix=True,
+        t_in_epochs=False,
+    )
     for step in range(steps + 5):
         scheduler.step_update(step)
         mine = lr_at(step, base_lr=0.4, total=steps, warmup=warmup, warmup_lr=0.001, min_lr=0.01)

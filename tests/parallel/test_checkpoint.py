@@ -14,7 +14,9 @@ def trained(seed: int, steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW([{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.1}], lr=1e-2)
+    optimizer = torch.optim.AdamW(
+        [{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.1}], lr=1e-2
+    )
     advance(model, optimizer, steps)
     return model, optimizer
 
@@ -70,7 +72,9 @@ def test_another_model_is_refused_in_one_line(tmp_path):
     checkpoint.save(tmp_path / "step-00000001", {}, model=model, optimizer=optimizer, ema=None)
     other = nn.Linear(4, 2)
     with pytest.raises(UserError) as error:
-        checkpoint.load(tmp_path / "step-00000001", model=other, optimizer=torch.optim.AdamW(other.parameters()), ema=None)
+        checkpoint.load(
+            tmp_path / "step-00000001", model=other, optimizer=torch.optim.AdamW(other.parameters()), ema=None
+        )
     assert "does not fit this run" in str(error.value) and "\n" not in str(error.value)
 
 

@@ -26,7 +26,7 @@ def test_a_world_without_a_meeting_place_is_refused(alone):
 
 
 def test_unconnected_processes_are_refused(alone):
-    """What Accelerate makes of a launcher's variables it does not act on: one process that knows nothing of the other."""
+    """What Accelerate makes of a launch it does not understand: one process that knows nothing of the other."""
     alone.setattr(launch, "Accelerator", lambda **_: type("Alone", (), {"num_processes": 1})())
     for name, value in (("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("LOCAL_WORLD_SIZE", "2")):
         alone.setenv(name, value)

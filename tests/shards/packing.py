@@ -25,10 +25,10 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
     return out.getvalue()
 
 
-def write_table(path: Path, header: list[str], rows: list) -> Path:
+def write_table(path: Path, header: list[str], rows: list, quoting: int = csv.QUOTE_MINIMAL) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
+        writer = csv.writer(file, lineterminator="\n", quoting=quoting)
         writer.writerows([header, *rows])
     return path
 
@@ -42,8 +42,11 @@ def write_raw(folder: Path, samples: int = 12, test: int = 0, classes: int = 5, 
         (folder / "images" / name).write_bytes(encoded(picture(seed * 1000 + number)))
     labels = [" ".join(map(str, np.flatnonzero(rng.rand(classes) < 0.4))) for _ in range(samples)]
     labels[0] = " ".join(map(str, range(classes)))
-    write_table(folder / "train.csv", ["ImageID", "Labels", "Caption"],
-                [[f"{i}.jpg", labels[i], f"caption {i}" if i % 3 else ""] for i in range(samples)])
+    write_table(
+        folder / "train.csv",
+        ["ImageID", "Labels", "Caption"],
+        [[f"{i}.jpg", labels[i], f"caption {i}" if i % 3 else ""] for i in range(samples)],
+    )
     if test:
         write_table(folder / "test.csv", ["ImageID", "Caption"], [[f"t{i}.jpg", f"test {i}"] for i in range(test)])
     return folder
@@ -68,5 +71,8 @@ def image_bytes(index: Index, row: int) -> bytes:
 
 def tree(folder: Path) -> dict[str, str]:
     """Relative path -> sha256, for every file."""
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

@@ -73,8 +73,10 @@ def reference(raw: Path) -> dict[str, str]:
     return tree(raw.parent / "reference")
 
 
-@pytest.mark.parametrize(("moment", "shards_kept"), [
-    ("in a tar", 1), ("before the note", 1), ("before dataset.json", 5), ("before the rename", 5)])
+@pytest.mark.parametrize(
+    ("moment", "shards_kept"),
+    [("in a tar", 1), ("before the note", 1), ("before dataset.json", 5), ("before the rename", 5)],
+)
 def test_killed_and_run_again_gives_the_same_bytes(raw, tmp_path, environment, capsys, moment, shards_kept):
     out = tmp_path / "out"
     done = subprocess.run([sys.executable, "-c", DYING, moment, *arguments(raw, out, "-j", "1")], env=environment)
@@ -211,12 +213,26 @@ def test_a_pack_that_lost_a_shard_says_so(raw, tmp_path, capsys):
 
 def test_what_a_run_of_other_input_left_is_not_used(raw, tmp_path, environment, capsys):
     out = tmp_path / "out"
-    subprocess.run([sys.executable, "-c", DYING, "before the rename", *arguments(raw, out, "-j", "1")],
-                   env=environment)
+    subprocess.run([sys.executable, "-c", DYING, "before the rename", *arguments(raw, out, "-j", "1")], env=environment)
     change_image(raw)
     capsys.readouterr()
     assert pack_raw(raw, out, *FLAGS) == 0
     assert "from an earlier run" not in capsys.readouterr().err
+    assert tree(out) == reference(raw)
+
+
+def test_a_mount_point_cannot_be_renamed_over(raw, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "out")
+    assert pack_raw(raw, tmp_path / "out") == 2
+    assert "name a folder in it" in capsys.readouterr().err
+
+
+def test_what_a_kill_after_the_last_rename_leaves_is_dropped(raw, tmp_path, environment):
+    out = tmp_path / "out"
+    subprocess.run([sys.executable, "-c", DYING, "before the rename", *arguments(raw, out, "-j", "1")], env=environment)
+    (tmp_path / "out.partial" / "pack").rename(out)
+    assert pack_raw(raw, out, *FLAGS) == 0
+    assert not (tmp_path / "out.partial").exists()
     assert tree(out) == reference(raw)
 
 

@@ -36,8 +36,10 @@ def test_far_better_than_random(shares, fractions):
     labels = draw(3000, shares)
     subset = stratified_folds(labels, fractions, 0)
     ours = np.abs(excess(labels, len(shares), subset, fractions)).mean()
-    random = [np.abs(excess(labels, len(shares), np.random.RandomState(s).permutation(subset), fractions)).mean()
-              for s in range(5)]
+    random = [
+        np.abs(excess(labels, len(shares), np.random.RandomState(s).permutation(subset), fractions)).mean()
+        for s in range(5)
+    ]
     assert ours < 0.25 * min(random)
 
 

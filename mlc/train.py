@@ -22,7 +22,7 @@ from mlc.data.dataset import Batch, EvalDataset, TarReader, TrainDataset, open_s
 from mlc.data.loader import Waiting, load, plan_batches, train_positions
 from mlc.data.mixing import mix_lambda, mixup
 from mlc.data.order import DROPOUT, hash64
-from mlc.data.transforms import EvalTransform, TrainTransform, erase, normalize
+from mlc.data.transforms import EvalTransform, TrainTransform, build_aa, erase, normalize
 from mlc.flags import read_config
 from mlc.inference import logits_of_rows, probabilities
 from mlc.metrics import multilabel, thresholds
@@ -65,6 +65,7 @@ def train(config: Config) -> int:
     val_index = open_split(dataset, config.val_split, labelled=True) if config.val_split else None
     plan = plan_batches(config.global_batch_size, config.batch_size, world, pairs=config.mixup > 0)
     clock = Clock(config, len(train_index), plan.global_batch)
+    refuse_unknown_metric(config, dataset)
 
     # ---- Model -------------------------------------------------------------------------------------------------------
     launch.seed_everything(config.seed)  # the same first weights on every rank
@@ -83,6 +84,7 @@ def train(config: Config) -> int:
     if config.head_bias == "prior":
         init_head_bias(model, (train_index.class_counts() + 1) / (len(train_index) + 2))
     mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+    transform = train_transform(config, mean)
     bare = model.to(device)  # what is averaged, evaluated and saved; `model` may get wrappers
     ema = Ema(bare) if config.model_ema else None
     averaged = ema.module if ema else None
@@ -183,7 +185,7 @@ def train(config: Config) -> int:
             checkpoint.prune(folder / "checkpoints", config.checkpoint_hist)
 
     # ---- Loop --------------------------------------------------------------------------------------------------------
-    stream = TrainDataset(train_index, train_transform(config, mean), config.seed)
+    stream = TrainDataset(train_index, transform, config.seed)
     positions = train_positions(samples_seen, clock.total, plan, rank)
     batches = Waiting(load(stream, positions, workers=config.workers, device=device), device)
     elements = plan.global_batch * len(dataset.classes)  # the loss is a sum, divided once by the whole step's count
@@ -287,6 +289,8 @@ def refuse_another_run(meta: dict[str, Any], config: Config, dataset: Dataset, p
 
 
 def train_transform(config: Config, mean: Sequence[float]) -> TrainTransform:
+    if config.aa:
+        build_aa(config.aa, config.img_size, tuple(mean))  # a policy that timm does not know is refused here
     names = ("scale", "ratio", "hflip", "vflip", "aa", "crop")
     return TrainTransform(size=config.img_size, mean=tuple(mean), **{name: getattr(config, name) for name in names})
 
@@ -334,10 +338,16 @@ def evaluate(
     return {"loss": loss, **dict(named)}
 
 
+def refuse_unknown_metric(config: Config, dataset: Dataset) -> None:
+    """Raises UserError at the start, not after the first epoch, for an `--eval-metric` that nothing measures."""
+    nothing = np.zeros((1, len(dataset.classes)), np.float32)
+    measured = ["loss", *(name for name, _ in multilabel.evaluate(nothing, nothing, groups=dataset.group_columns))]
+    if config.eval_metric not in measured:
+        raise UserError(f"--eval-metric {config.eval_metric} is not measured; choose one of {', '.join(measured)}")
+
+
 def goodness(result: dict[str, float] | None, metric: str) -> float:
     """What `--eval-metric` ranks weights by: higher is better."""
     if result is None:
         return -math.inf
-    if metric not in result:
-        raise UserError(f"--eval-metric {metric} is not measured; choose one of {', '.join(result)}")
     return -result[metric] if metric == "loss" else result[metric]

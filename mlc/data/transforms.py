@@ -16,6 +16,7 @@ from PIL import ExifTags, Image, ImageOps
 from timm.data import auto_augment
 
 from mlc.data.order import ERASE, Draws
+from shards.console import UserError
 from shards.image import BadImage, open_image, to_rgb
 
 Box = tuple[float, float, float, float]  # left, upper, right, lower in pixels of the stored image
@@ -124,21 +125,33 @@ _policies: dict[tuple, Callable] = {}
 
 
 def build_aa(policy: str, size: int, mean: tuple[float, ...]) -> Callable[[Image.Image], Image.Image]:
-    """timm's policy for a string such as `rand-m9-mstd0.5-inc1`, `original`, `augmix-m5-w4`, `3a`; made once."""
+    """timm's policy for a string such as `rand-m9-mstd0.5-inc1`, `original`, `augmix-m5-w4`, `3a`; made once.
+
+    Raises:
+        UserError: a policy that timm cannot parse.
+    """
     key = (policy, size, mean)
     if key not in _policies:
-        hparams = {
-            "translate_const": int(size * 0.45),
-            "img_mean": tuple(min(255, round(255 * m)) for m in mean),
-            "interpolation": Image.Resampling.BICUBIC,
-        }
-        if policy.startswith("rand"):
-            _policies[key] = auto_augment.rand_augment_transform(policy, hparams)
-        elif policy.startswith("augmix"):
-            _policies[key] = auto_augment.augment_and_mix_transform(policy, {**hparams, "translate_pct": 0.3})
-        else:
-            _policies[key] = auto_augment.auto_augment_transform(policy, hparams)
+        try:
+            _policies[key] = _parsed(policy, size, mean)
+        except (AssertionError, KeyError, ValueError, IndexError) as error:
+            raise UserError(
+                f"--aa {policy}: timm does not know this policy ({error}); e.g. rand-m9-mstd0.5-inc1"
+            ) from error
     return _policies[key]
+
+
+def _parsed(policy: str, size: int, mean: tuple[float, ...]) -> Callable[[Image.Image], Image.Image]:
+    hparams = {
+        "translate_const": int(size * 0.45),
+        "img_mean": tuple(min(255, round(255 * m)) for m in mean),
+        "interpolation": Image.Resampling.BICUBIC,
+    }
+    if policy.startswith("rand"):
+        return auto_augment.rand_augment_transform(policy, hparams)
+    if policy.startswith("augmix"):
+        return auto_augment.augment_and_mix_transform(policy, {**hparams, "translate_pct": 0.3})
+    return auto_augment.auto_augment_transform(policy, hparams)
 
 
 def _augmented(image: Image.Image, augment: Callable, draws: Draws) -> Image.Image:

@@ -1,0 +1,197 @@
+"""The training story in this process: each switch does what it says, each mistake is one line."""
+
+import json
+import math
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, log_of
+
+from mlc import train
+from mlc.config import Config
+from mlc.data.dataset import TrainDataset, open_split
+from mlc.data.order import DROPOUT, hash64
+from mlc.flags import read_config
+from mlc.models.build import build_model
+from mlc.models.teacher import Teacher
+from mlc.optim.distill import distill_loss
+from mlc.optim.losses import focal, smooth
+from mlc.parallel import launch
+from shards.console import UserError
+from shards.console import run as run_verb
+from shards.dataset import load_dataset
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def argv(shards: Path, folder: Path, *more: str) -> list[str]:
+    short = ["--data", str(shards), "--output", str(folder), "--experiment", "run", "-b", "8", "-j", "0"]
+    return [*TINY, *short, "--max-steps", "3", "--log-interval", "1", "--eval-every", "3st", *more]
+
+
+def first_batch(config: Config):
+    """(image, target) of step 1 and the student that sees it, by the parts the story is made of."""
+    dataset = load_dataset(config.data)
+    launch.seed_everything(config.seed)
+    names = ("img_size", "head", "drop_path", "model_kwargs")
+    model = build_model(
+        name=config.model, num_classes=len(dataset.classes), **{n: getattr(config, n) for n in names}
+    ).train()
+    mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+    index = open_split(dataset, "train")
+    batch = TrainDataset(index, train.train_transform(config, mean), config.seed).__getitems__(range(config.batch_size))
+    image, target, _ = train.prepare(batch, config, mean, std, mixing=True)
+    launch.seed_everything(int(hash64(config.seed, DROPOUT, 0, 0, 0)[0]) >> 1)
+    return model, image, target, (mean, std)
+
+
+@pytest.mark.parametrize(
+    "more, expected",
+    [
+        (["--loss", "focal", "--focal-gamma", "1.5", "--focal-alpha", "0.3"], lambda x, t: focal(x, t, 1.5, 0.3)),
+        (["--smoothing", "0.2", "--mixup", "0.4"], lambda x, t: train.LOSSES["bce"](x, smooth(t, 0.2))),
+        (["--head", "extra_linear"], lambda x, t: train.LOSSES["bce"](x, t)),
+    ],
+)
+def test_the_logged_loss_is_the_losss_own_value(shards, tmp_path, more, expected):
+    args = argv(shards, tmp_path, *more)
+    assert train.main(args) == 0
+    model, image, target, _ = first_batch(read_config(args))
+    value = expected(model(image), target).mean().item()
+    assert log_of(tmp_path / "run")[0]["train/loss"] == pytest.approx(value, rel=1e-5)
+
+
+def test_distillation_from_a_run(shards, tmp_path):
+    assert train.main(argv(shards, tmp_path / "teacher", "--lr", "1e-2")) == 0
+    folder = tmp_path / "teacher" / "run"
+    args = argv(shards, tmp_path, "--kd-teacher", str(folder), "--kd-alpha", "1", "--kd-temp", "3", "--img-size", "24")
+    assert train.main(args) == 0
+    config = read_config(args)
+    model, image, _, (mean, std) = first_batch(config)
+    classes = load_dataset(config.data).classes
+    teacher = Teacher(folder, classes=classes, device=torch.device("cpu"), mean=mean, std=std)
+    value = distill_loss(model(image), teacher(image), 3.0).mean().item()
+    assert log_of(tmp_path / "run")[0]["train/loss"] == pytest.approx(value, rel=1e-4)
+    with pytest.raises(UserError, match="other classes"):
+        Teacher(folder, classes=classes[::-1], device=torch.device("cpu"), mean=mean, std=std)
+
+
+def test_a_teacher_with_another_normalisation_sees_the_same_picture(shards, tmp_path):
+    assert train.main(argv(shards, tmp_path)) == 0
+    folder = tmp_path / "run" / "best"
+    info = json.loads((folder / "config.json").read_text())
+    image = torch.rand(2, 3, 32, 32)
+    own, other = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    logits = []
+    for mean, std in (own, other):
+        teacher = Teacher(folder, classes=info["label_names"], device=torch.device("cpu"), mean=mean, std=std)
+        logits.append(teacher((image - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)))
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-4)
+
+
+def test_the_prior_bias_starts_at_the_frequencies(shards, tmp_path):
+    args = argv(shards, tmp_path, "--head-bias", "prior")
+    train.main(args)
+    index = open_split(load_dataset(shards), "train")
+    p = torch.tensor((index.class_counts() + 1) / (len(index) + 2))
+    target = first_batch(read_config(args))[2]
+    surprise = -(target * p.log() + (1 - target) * (1 - p).log()).mean().item()
+    assert log_of(tmp_path / "run")[0]["train/loss"] == pytest.approx(surprise, rel=1e-5)
+
+
+def test_learning_rate_in_the_log(shards, tmp_path):
+    train.main(
+        argv(shards, tmp_path, "--sched", "step", "--decay-every", "1st", "--decay-rate", "0.5", "--lr", "0.008")
+    )
+    assert [line["train/lr"] for line in log_of(tmp_path / "run") if "train/lr" in line] == [0.008, 0.004, 0.002]
+
+
+def test_mixing_ends_when_told(shards, tmp_path):
+    file = tmp_path / "samples.jsonl"
+    train.main(argv(shards, tmp_path, "--mixup", "0.4", "--mixup-off", "2st", "--log-samples", str(file)))
+    mixed = [any(line["partner"]) for line in map(json.loads, file.read_text().splitlines())]
+    assert mixed == [True, True, False]
+
+
+def test_without_validation_the_last_weights_are_kept(shards, tmp_path):
+    train.main(argv(shards, tmp_path, "--val-split", "", "--no-model-ema", "--threshold", "0.3"))
+    run = tmp_path / "run"
+    assert (run / "last" / "model.safetensors").exists() and not (run / "best").exists()
+    assert json.loads((run / "last" / "thresholds.json").read_text())["global"] == 0.3
+
+
+def test_starting_from_weights_on_disk(shards, tmp_path):
+    """Run, then go on from its exported weights: the first validation is the other's last."""
+    train.main(argv(shards, tmp_path / "a", "--no-model-ema"))
+    weights = tmp_path / "a" / "run" / "last" / "model.safetensors"
+    train.main(argv(shards, tmp_path / "b", "--no-model-ema", "--pretrained-path", str(weights), "--lr", "1e-12"))
+    a, b = (log_of(tmp_path / name / "run")[-1] for name in "ab")
+    assert b["val/loss"] == pytest.approx(a["val/loss"], rel=1e-5)
+
+
+def test_a_gradient_that_is_no_number_stops_before_it_does_harm(shards, tmp_path, capsys):
+    args = argv(shards, tmp_path, "--max-steps", "6", "--checkpoint-every", "1st", "--lr", "1e30", "--no-model-ema")
+    assert run_verb(train.main, args) == 2
+    assert "the weights were not changed" in capsys.readouterr().err
+    saved = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    assert math.isfinite(log_of(tmp_path / "run")[-1]["train/grad_norm"]) and (saved / "meta.json").exists()
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--data", "nowhere"], "no data set at nowhere"),
+        (["--data", ""], "--data DIR is missing"),
+        (["--train-split", "trian"], "no split 'trian'"),
+        (["--train-split", "test"], "'test' has no labels"),
+        (["--model", "swinv2_tinny"], "no model 'swinv2_tinny'"),
+        (["--model-kwargs", "depth=[1]"], "cannot build swinv2_tiny_window8_256"),
+        (["--pretrained-path", "no.pth"], "no.pth: no such file"),
+        (["--kd-teacher", "nowhere"], "nowhere/config.json: missing"),
+        (["--eval-metric", "f2"], "--eval-metric f2 is not measured"),
+        (["--eval-every", "often"], "--eval-every: 'often' is no duration"),
+        (["--checkpoint-every", "0ep"], "--checkpoint-every 0ep: must be longer"),
+        (["--global-batch-size", "12"], "use --batch-size one of 1, 2, 3, 4, 6, 12"),
+        (["-b", "7", "--mixup", "0.4"], "--batch-size 7 is odd"),
+        (["--resume", "nowhere"], "--resume nowhere: no complete checkpoint"),
+        (["--aa", "rand-q9"], "--aa rand-q9"),
+    ],
+)
+def test_mistakes_are_one_line(shards, tmp_path, capsys, more, words):
+    assert run_verb(train.main, argv(shards, tmp_path, *more)) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: ") and words in message
+
+
+def test_a_run_is_not_overwritten_and_not_mixed_with_another(shards, tmp_path, capsys):
+    assert run_verb(train.main, argv(shards, tmp_path, "--checkpoint-every", "1st")) == 0
+    for more, words in (
+        ([], "holds a run already"),
+        (["--resume", "auto", "--seed", "7"], "another seed: 42 then, 7 now"),
+        (["--resume", "auto", "--img-size", "24"], "another img_size: 32 then, 24 now"),
+    ):
+        assert run_verb(train.main, argv(shards, tmp_path, *more)) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_broken_image_is_named(shards, tmp_path, capsys):
+    """The bytes of one image overwritten in place: the shard and the key are in the message, with and without workers."""
+    import shutil
+
+    broken = shutil.copytree(shards, tmp_path / "shards")
+    index = open_split(load_dataset(broken), "train")
+    with index.shard_path(0).open("r+b") as file:
+        file.seek(int(index.offset[3]))
+        file.write(b"\0" * int(index.size[3]))
+    for number, workers in enumerate(("0", "1")):
+        args = argv(broken, tmp_path / str(number), "--max-steps", "20", "-j", workers)
+        assert run_verb(train.main, args) == 2
+        assert f"error: train-000000.tar:{index.key(3)}: not a picture" in capsys.readouterr().err

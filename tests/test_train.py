@@ -183,7 +183,7 @@ def test_a_run_is_not_overwritten_and_not_mixed_with_another(shards, tmp_path, c
 
 
 def test_a_broken_image_is_named(shards, tmp_path, capsys):
-    """The bytes of one image overwritten in place: the shard and the key are in the message, with and without workers."""
+    """One image overwritten in place: the message has shard and key, with and without workers."""
     import shutil
 
     broken = shutil.copytree(shards, tmp_path / "shards")

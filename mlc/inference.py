@@ -52,7 +52,7 @@ def tta_views(spec: str) -> list[View]:
 
 @torch.no_grad()
 def logits_of_rows(
-    model: torch.nn.Module,
+    models: Sequence[torch.nn.Module],
     dataset: EvalDataset,
     accelerator: Accelerator,
     *,
@@ -63,9 +63,13 @@ def logits_of_rows(
     views: Sequence[View] = (lambda image: image,),
     title: str = "",
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields (row int64 [M], logits float32 [M, views, C]) on every process; together they are all rows, each once."""
-    was_training = model.training
-    model.eval()
+    """Yields (row int64 [M], logits float32 [M, models, views, C]) on every process: together all rows, each once.
+
+    All models see all views of an image that is decoded once. They are left in the mode they were in.
+    """
+    training = [model.training for model in models]
+    for model in models:
+        model.eval()
     rank, world = accelerator.process_index, accelerator.num_processes
     blocks = list(eval_blocks(len(dataset.reader), batch_size, world, rank))
     batches = Waiting(load(dataset, blocks, workers=workers, device=accelerator.device), accelerator.device)
@@ -73,12 +77,15 @@ def logits_of_rows(
         for batch in batches:
             image = normalize(batch["image"], mean, std)
             with accelerator.autocast():
-                logits = torch.stack([model(view(image)) for view in views], dim=1).float()
+                seen = [view(image) for view in views]
+                each = [torch.stack([model(view).float() for view in seen], dim=1) for model in models]
+            logits = torch.stack(each, dim=1)
             row, logits = accelerator.gather((batch["row"], logits))
             valid = row >= 0
             yield row[valid].cpu().numpy(), logits[valid].cpu().numpy()
             advance()
-    model.train(was_training)
+    for model, mode in zip(models, training, strict=True):
+        model.train(mode)
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:

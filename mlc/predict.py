@@ -71,7 +71,7 @@ def predict(model, info, reader, accelerator, *, batch_size, workers, views, tit
     transform = EvalTransform(size=config["input_size"][-1], crop=crop, crop_pct=config["crop_pct"])
     scores = np.full((len(reader), len(info["label_names"])), np.nan, np.float32)
     for rows, logits in logits_of_rows(
-        model,
+        [model],
         EvalDataset(reader, transform),
         accelerator,
         batch_size=batch_size,
@@ -82,7 +82,7 @@ def predict(model, info, reader, accelerator, *, batch_size, workers, views, tit
         title=title,
     ):
         assert np.isnan(scores[rows]).all(), "a row was predicted twice"
-        scores[rows] = probabilities(logits)
+        scores[rows] = probabilities(logits[:, 0])
     missing = np.isnan(scores).any(axis=1)
     if missing.any():
         raise UserError(

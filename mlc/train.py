@@ -133,11 +133,8 @@ def train(config: Config) -> int:
     # ---- Evaluation and checkpoints ----------------------------------------------------------------------------------
     def evaluate_and_keep_best() -> None:
         launch.same_buffers(bare, averaged)
-        results = {
-            name: evaluate(weights, val_index, config, dataset, accelerator, loss_fn, mean, std)
-            for name, weights in {"val": bare, "val_ema": averaged}.items()
-            if weights is not None
-        }
+        weights = {"val": bare} | ({"val_ema": averaged} if ema else {})
+        results = evaluate(weights, val_index, config, dataset, accelerator, loss_fn, mean, std)
         values = {f"{name}/{key}": value for name, result in results.items() for key, value in result.items()}
         log.write(step=step, samples_seen=samples_seen, epoch=clock.epoch(samples_seen), **values)
         for name, result in results.items():
@@ -145,8 +142,9 @@ def train(config: Config) -> int:
         best_now = max(results, key=lambda name: goodness(results[name], config.eval_metric))
         if goodness(results[best_now], config.eval_metric) > goodness(progress["best"], config.eval_metric):
             progress.update(best=results[best_now], best_step=step)
-            keep("best", averaged if best_now == "val_ema" else bare, results[best_now])
-        keep("last", averaged or bare, results["val_ema" if ema else "val"])
+            keep("best", weights[best_now], results[best_now])
+        last = "val_ema" if ema else "val"
+        keep("last", weights[last], results[last])
 
     def keep(which: str, weights: torch.nn.Module, result: dict[str, float] | None) -> None:
         if not accelerator.is_main_process:
@@ -309,7 +307,7 @@ def prepare(
 
 
 def evaluate(
-    model: torch.nn.Module,
+    models: dict[str, torch.nn.Module],
     index: Index,
     config: Config,
     dataset: Dataset,
@@ -317,12 +315,12 @@ def evaluate(
     loss_fn: Loss,
     mean: Sequence[float],
     std: Sequence[float],
-) -> dict[str, float]:
-    """Exact metrics of one split, the same on every rank."""
-    logits = np.empty((len(index), len(dataset.classes)), np.float32)
+) -> dict[str, dict[str, float]]:
+    """Exact metrics of one split, {model: {metric: value}}, the same on every rank; images are decoded once."""
+    logits = np.empty((len(models), len(index), len(dataset.classes)), np.float32)
     transform = EvalTransform(size=config.img_size, crop=config.val_crop, crop_pct=config.crop_pct)
     for rows, values in logits_of_rows(
-        model,
+        list(models.values()),
         EvalDataset(TarReader(index), transform),
         accelerator,
         batch_size=config.validation_batch_size or config.batch_size,
@@ -330,12 +328,15 @@ def evaluate(
         mean=mean,
         std=std,
     ):
-        logits[rows] = values[:, 0]
+        logits[:, rows] = values[:, :, 0].swapaxes(0, 1)
     target = index.targets(np.arange(len(index)))
-    loss = loss_fn(torch.from_numpy(logits), torch.from_numpy(target)).double().mean().item()
-    scores = probabilities(logits[:, None])
-    named = multilabel.evaluate(scores, target, threshold=config.threshold, groups=dataset.group_columns)
-    return {"loss": loss, **dict(named)}
+    results = {}
+    for name, own in zip(models, logits, strict=True):
+        loss = loss_fn(torch.from_numpy(own), torch.from_numpy(target)).double().mean().item()
+        scores = probabilities(own[:, None])
+        named = multilabel.evaluate(scores, target, threshold=config.threshold, groups=dataset.group_columns)
+        results[name] = {"loss": loss, **dict(named)}
+    return results
 
 
 def refuse_unknown_metric(config: Config, dataset: Dataset) -> None:

@@ -7,7 +7,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mlc.data.dataset import TarReader, open_split
+from mlc.data.dataset import open_split
+from mlc.data.reader import TarReader
 from mlc.inference import tta_views
 from mlc.metrics import multilabel, thresholds
 from mlc.models.export import load_exported

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mlc.data.dataset import EvalDataset, FolderReader, TarReader, open_split
+from mlc.data.dataset import EvalDataset, open_split
+from mlc.data.reader import FolderReader, TarReader
 from mlc.data.transforms import EvalTransform
 from mlc.inference import logits_of_rows, probabilities, tta_views
 from mlc.metrics import thresholds

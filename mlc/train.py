@@ -18,10 +18,11 @@ from accelerate import Accelerator
 
 from mlc.clock import Clock
 from mlc.config import Config
-from mlc.data.dataset import Batch, EvalDataset, TarReader, TrainDataset, open_split
+from mlc.data.dataset import Batch, EvalDataset, TrainDataset, open_split
 from mlc.data.loader import Waiting, load, plan_batches, train_positions
 from mlc.data.mixing import mix_lambda, mixup
 from mlc.data.order import DROPOUT, hash64
+from mlc.data.reader import TarReader
 from mlc.data.transforms import EvalTransform, TrainTransform, build_aa, erase, normalize
 from mlc.flags import read_config
 from mlc.inference import logits_of_rows, probabilities

@@ -1,0 +1,68 @@
+import pickle
+import zlib
+
+import numpy as np
+import pytest
+
+from mlc.data import reader as reader_module
+from mlc.data.dataset import EvalDataset, TrainDataset, open_split
+from mlc.data.reader import FolderReader, TarReader
+from mlc.data.transforms import EvalTransform, TrainTransform
+from shards.console import UserError
+from shards.dataset import load_dataset
+
+
+@pytest.fixture
+def index(shards):
+    return open_split(load_dataset(shards), "train")
+
+
+def test_bytes_are_those_of_the_files(index, demo_csv):
+    reader = TarReader(index)
+    for row in range(len(reader)):
+        data = reader.read(row)
+        assert data == (demo_csv / "images" / reader.image_id(row)).read_bytes()
+        assert zlib.crc32(data) == index.crc32[row]
+
+
+def test_few_files_stay_open_and_nothing_travels_with_a_pickle(index, monkeypatch):
+    monkeypatch.setattr(reader_module, "OPEN_FILES", 1)
+    reader = TarReader(index)
+    first = [reader.read(row) for row in range(len(reader))]
+    assert len(set(index.shard.tolist())) > 1 and len(reader._files) == 1
+    copy = pickle.loads(pickle.dumps(reader))
+    assert not copy._files and len(pickle.dumps(reader)) < 2000
+    assert [copy.read(row) for row in range(len(copy))] == first
+
+
+def test_a_truncated_or_missing_shard_is_named(shards, tmp_path):
+    import shutil
+
+    broken = shutil.copytree(shards, tmp_path / "shards")
+    index = open_split(load_dataset(broken), "train")
+    path, row = index.shard_path(0), int(np.flatnonzero(index.shard == 0)[-1])
+    path.write_bytes(path.read_bytes()[: int(index.offset[row]) + 10])
+    with pytest.raises(UserError, match=r"train-000000.tar:.* truncated"):
+        TarReader(index).read(row)
+    path.unlink()
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        TarReader(index).read(row)
+
+
+def test_training_batch_follows_the_contract(index):
+    data = TrainDataset(index, TrainTransform(size=24), seed=1)
+    batch = data.__getitems__([5, 6, 7, 8])
+    assert batch["image"].shape == (4, 3, 24, 24) and batch["image"].dtype.is_floating_point is False
+    assert batch["position"].tolist() == [5, 6, 7, 8] and batch["valid"].all()
+    assert np.array_equal(batch["target"].numpy(), index.targets(batch["row"].numpy()))
+
+
+def test_padding_rows_are_blank_and_invalid(index):
+    batch = EvalDataset(TarReader(index), EvalTransform(size=24)).__getitems__([3, -1])
+    assert batch["valid"].tolist() == [True, False] and batch["row"].tolist() == [3, -1]
+    assert batch["image"][0].any() and not batch["image"][1].any()
+
+
+def test_a_folder_without_images(tmp_path):
+    with pytest.raises(UserError, match="no images in it"):
+        FolderReader(tmp_path)

@@ -60,7 +60,8 @@ def run(main: Callable[[list[str] | None], int | None], argv: list[str] | None =
     try:
         return main(argv) or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # several processes of one run often find the same mistake
+        print("" if rank == "0" else f"[rank {rank}] ", f"error: {error}", sep="", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Pictures for people: what the model saw and what it said."""
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,30 +23,28 @@ def contact_sheet(path: Path, reader, predicted: np.ndarray, classes: Sequence[s
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(ROWS, COLUMNS, figsize=(2 * COLUMNS, 2.3 * ROWS), layout="constrained")
+    figure, axes = plt.subplots(ROWS, COLUMNS, figsize=(2 * COLUMNS, 2.5 * ROWS))
+    figure.subplots_adjust(left=0.01, right=0.99, top=0.99, bottom=0.07, wspace=0.08, hspace=0.42)
     for axis in axes.flat:
         axis.axis("off")
     for row, axis in enumerate(axes.flat[: len(reader)]):
         axis.imshow(to_rgb(upright(open_image(reader.read(row)))))
-        true = set(reader.index.labels(row).tolist())
-        said = set(np.flatnonzero(predicted[row]).tolist())
-        lines = [
-            ("✓ ", sorted(true & said), "#1a7f37"),
-            ("missed ", sorted(true - said), "#b35900"),
-            ("wrong ", sorted(said - true), "#cf222e"),
-        ]
-        shown = [(mark + " ".join(f"{classes[c]}" for c in labels), color) for mark, labels, color in lines if labels]
-        for place, (text, color) in enumerate(shown):
-            axis.text(
-                0.5,
-                -0.04 - 0.12 * place,
-                text,
-                transform=axis.transAxes,
-                ha="center",
-                va="top",
-                fontsize=8,
-                color=color,
-            )
+        for place, (text, color) in enumerate(_verdict(reader.index.labels(row), predicted[row], classes)):
+            below = -0.04 - 0.12 * place
+            axis.text(0.5, below, text, transform=axis.transAxes, ha="center", va="top", fontsize=8, color=color)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _verdict(labels: np.ndarray, predicted: np.ndarray, classes: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(text, colour) of the classes found, missed and wrongly predicted; long lists are cut to a line."""
+    true, said = set(labels.tolist()), set(np.flatnonzero(predicted).tolist())
+    for mark, columns, color in (
+        ("✓", true & said, "#1a7f37"),
+        ("missed", true - said, "#b35900"),
+        ("wrong", said - true, "#cf222e"),
+    ):
+        if columns:
+            names = " ".join(classes[c] for c in sorted(columns))
+            yield f"{mark} {textwrap.shorten(names, 30, placeholder=' …')}", color

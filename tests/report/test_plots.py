@@ -1,0 +1,26 @@
+import numpy as np
+from PIL import Image
+
+from mlc.data.dataset import open_split
+from mlc.data.reader import TarReader
+from mlc.report.plots import _verdict, contact_sheet
+from shards.dataset import load_dataset
+
+
+def test_every_label_is_in_one_of_three_lists():
+    classes = ["a", "b", "c", "d"]
+    said = np.array([True, False, True, False])
+    assert [text for text, _ in _verdict(np.array([0, 1]), said, classes)] == ["✓ a", "missed b", "wrong c"]
+
+
+def test_hundreds_of_wrong_labels_stay_on_their_line():
+    ((text, _),) = _verdict(np.array([], int), np.ones(500, bool), [f"class {c}" for c in range(500)])
+    assert len(text) < 40 and text.endswith("…")
+
+
+def test_contact_sheet_of_a_split(shards, tmp_path):
+    dataset = load_dataset(shards)
+    reader = TarReader(open_split(dataset, "val"))
+    predicted = np.zeros((len(reader), len(dataset.classes)), bool)
+    contact_sheet(tmp_path / "deep" / "sheet.png", reader, predicted, dataset.classes)
+    assert Image.open(tmp_path / "deep" / "sheet.png").size == (1320, 1100)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,15 @@ def shards(demo_csv) -> Path:
         ]
     )
     return folder
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """A training run in this process takes SIGTERM, SIGUSR1 and Ctrl-C for itself."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
 
 
 def command(*argv: str, processes: int = 1) -> list[str]:

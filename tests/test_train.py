@@ -2,7 +2,6 @@
 
 import json
 import math
-import signal
 from pathlib import Path
 
 import pytest
@@ -22,14 +21,6 @@ from mlc.parallel import launch
 from shards.console import UserError
 from shards.console import run as run_verb
 from shards.dataset import load_dataset
-
-
-@pytest.fixture(autouse=True)
-def signals():
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
 
 
 def argv(shards: Path, folder: Path, *more: str) -> list[str]:

@@ -75,6 +75,12 @@ def table(path: Path) -> tuple[list[str], list[str], np.ndarray]:
     return rows[0][1:], [row[0] for row in rows[1:]], np.array([[float(p) for p in row[1:]] for row in rows[1:]])
 
 
+def truth(demo_csv: Path, ids: list[str], classes: list[str]) -> np.ndarray:
+    """bool [N, C] from the competition's own CSV."""
+    labels = {row["ImageID"]: row["Labels"].split() for row in csv.DictReader((demo_csv / "train.csv").open())}
+    return np.array([[c in labels[image_id] for c in classes] for image_id in ids])
+
+
 def test_one_two_and_three_processes_write_the_same_bytes(trained, shards, demo_csv, tmp_path):
     files = [predict(trained, shards, tmp_path / str(n), n) for n in (1, 2, 3)]
     assert files[0] == files[1] == files[2]
@@ -111,8 +117,7 @@ def test_metrics_of_two_processes_are_scikit_learns_on_the_file(trained, shards,
     )
     results = json.loads(done.stdout)
     classes, ids, scores = table(trained / "predictions" / "val.csv")
-    truth = {row["ImageID"]: row["Labels"].split() for row in csv.DictReader((demo_csv / "train.csv").open())}
-    target = np.array([[c in truth[image_id] for c in classes] for image_id in ids])
+    target = truth(demo_csv, ids, classes)
     scores = scores.astype(np.float32)
     assert len(ids) % 16  # a ragged last batch, also over two processes
     present = target.any(0)
@@ -146,8 +151,7 @@ def test_the_training_log_has_the_metrics_of_the_exported_weights(trained, shard
         str(tmp_path),
     )
     classes, ids, scores = table(tmp_path / "val.csv")
-    truth = {row["ImageID"]: row["Labels"].split() for row in csv.DictReader((demo_csv / "train.csv").open())}
-    target = np.array([[c in truth[image_id] for c in classes] for image_id in ids])
+    target = truth(demo_csv, ids, classes)
     logged = log_of(trained)[-1]
     assert logged["val_ema/f1_samples"] == pytest.approx(
         f1_score(target, scores > 0.5, average="samples", zero_division=0), abs=1e-6

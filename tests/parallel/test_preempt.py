@@ -7,14 +7,6 @@ from mlc.parallel import preempt
 from mlc.parallel.preempt import StopFlag
 
 
-@pytest.fixture(autouse=True)
-def restored_handlers():
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_raises_the_flag(tmp_path, number):
     stop = StopFlag(tmp_path, watches_file=False)

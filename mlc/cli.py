@@ -9,7 +9,7 @@ VERBS = {
     "demo-data": ("shards.demo", "write the demo competition: CSVs and JPEGs"),
     "pack": ("shards.pack", "CSV and images -> WebDataset shards with an index"),
     "index": ("shards.index", "index tars that somebody else wrote"),
-    "stats": ("shards.stats", "count classes, labels per image, caption lengths"),
+    "stats": ("shards.stats", "count classes and captions; --html: a page with samples, copies, leaks"),
     "verify": ("shards.verify", "check every shard against its checksums"),
     "train": ("mlc.train", "train (the same as train.py)"),
     "eval": ("mlc.evaluate", "score a run on a split that has labels"),

@@ -23,6 +23,11 @@ class Config:
     """split to evaluate on while training; '' for none"""
     workers: int = 4
     """processes that decode images, per device; 0 decodes in the training process"""
+    check_crc: bool = True
+    """compare each image with its crc32 when it is read"""
+    max_bad_samples: int = 10
+    """samples that may be unreadable in a run (and as many in an evaluation) before it stops; each is named in the log,
+    its place in training taken by a neighbour"""
     log_samples: str = ""
     """write one JSON line per step to this file: the keys of the global batch in order, a checksum of each augmented
     image, its mixing partner and lambda"""
@@ -182,7 +187,7 @@ def _impossible(c: Config) -> Iterator[str]:
     for name in ("epochs", "lr", "kd_temp", "opt_eps", "crop_pct"):
         if not getattr(c, name) > 0:
             yield f"{flag(name)} must be above 0, not {getattr(c, name)}"
-    for name in ("workers", "mixup", "weight_decay", "warmup_lr", "min_lr"):
+    for name in ("workers", "max_bad_samples", "mixup", "weight_decay", "warmup_lr", "min_lr"):
         if getattr(c, name) < 0:
             yield f"{flag(name)} must not be negative, not {getattr(c, name)}"
     for name in ("scale", "ratio"):

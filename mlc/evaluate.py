@@ -7,7 +7,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mlc.data.dataset import open_split
+from mlc.data.dataset import BadSamples, open_split
 from mlc.data.reader import TarReader
 from mlc.inference import tta_views
 from mlc.metrics import multilabel, thresholds
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
         )
 
     reader = TarReader(index)
-    scores = predict(
+    scores, seen = predict(
         model.to(accelerator.device),
         info,
         reader,
@@ -42,27 +42,32 @@ def main(argv: list[str] | None = None) -> None:
         batch_size=options.batch_size,
         workers=options.workers,
         views=views,
+        bad=BadSamples(options.max_bad_samples),
         title=f"evaluate {options.split}",
     )
     if accelerator.is_main_process:
         rule = thresholds.load(weights / "thresholds.json")
-        results = score(scores, index, dataset, rule)
+        rows = np.flatnonzero(seen)
+        results = score(scores[rows], index.targets(rows) > 0.5, dataset, rule)
         folder = Path(options.run) / "predictions"
-        ids = [index.image_id(row) for row in range(len(index))]
-        write_probabilities(folder / f"{options.split}.csv", ids, dataset.classes, scores)
-        contact_sheet(folder / f"{options.split}.png", reader, thresholds.apply(scores, rule), dataset.classes)
+        ids = [index.image_id(row) for row in rows]
+        write_probabilities(folder / f"{options.split}.csv", ids, dataset.classes, scores[rows])
+        predicted = thresholds.apply(scores, rule)
+        contact_sheet(folder / f"{options.split}.png", reader, predicted, dataset.classes, rows=rows.tolist())
         (folder / f"{options.split}.json").write_text(json.dumps(results, indent=1) + "\n")
         if options.json:
             print(json.dumps(results))
         else:
-            _print_table(results, f"{options.run} on {options.split}, {len(index)} samples")
+            _print_table(results, f"{options.run} on {options.split}, {len(rows)} samples")
         say(f"pictures with predictions: {folder / f'{options.split}.png'}")
     accelerator.end_training()
 
 
-def score(scores: np.ndarray, index, dataset, rule: dict) -> dict[str, float]:
-    """All metrics at threshold 0.5, at the best threshold of this split (`@tuned`) and at the run's own (`@run`)."""
-    target = index.targets(np.arange(len(index))) > 0.5
+def score(scores: np.ndarray, target: np.ndarray, dataset, rule: dict) -> dict[str, float]:
+    """All metrics at threshold 0.5, at the best threshold of this split (`@tuned`) and at the run's own (`@run`).
+
+    scores float32 and target bool, both [N, C].
+    """
     results = dict(multilabel.evaluate(scores, target, threshold=0.5, groups=dataset.group_columns))
     results["f1_samples@run"] = multilabel.f1_samples(thresholds.apply(scores, rule), target)
     # What the prevalence alone gives: every sample gets the classes that more than half of the samples have.

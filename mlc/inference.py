@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from mlc.data.dataset import EvalDataset
+from mlc.data.dataset import BadSamples, EvalDataset
 from mlc.data.loader import Waiting, eval_blocks, load
 from mlc.data.transforms import normalize
-from shards.console import UserError, progress
+from shards.console import UserError, progress, say
 
 View = Callable[[torch.Tensor], torch.Tensor]  # [B, 3, H, W] -> [B, 3, H, W]
 ZOOM = 1.15  # the `scale` view shows the middle of the image this much larger
@@ -60,12 +60,14 @@ def logits_of_rows(
     workers: int,
     mean: Sequence[float],
     std: Sequence[float],
+    bad: BadSamples,
     views: Sequence[View] = (lambda image: image,),
     title: str = "",
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields (row int64 [M], logits float32 [M, models, views, C]) on every process: together all rows, each once.
 
-    All models see all views of an image that is decoded once. They are left in the mode they were in.
+    Rows whose image cannot be read do not come; `bad` counts them on all processes alike, and the first process names
+    them. All models see all views of an image that is decoded once. They are left in the mode they were in.
     """
     training = [model.training for model in models]
     for model in models:
@@ -80,8 +82,11 @@ def logits_of_rows(
                 seen = [view(image) for view in views]
                 each = [torch.stack([model(view).float() for view in seen], dim=1) for model in models]
             logits = torch.stack(each, dim=1)
-            row, logits = accelerator.gather((batch["row"], logits))
-            valid = row >= 0
+            row, valid, logits = accelerator.gather((batch["row"], batch["valid"].int(), logits))
+            valid = valid > 0
+            for text in bad.add(map(dataset.problem, row[(row >= 0) & ~valid].tolist())):
+                if accelerator.is_main_process:
+                    say(text)
             yield row[valid].cpu().numpy(), logits[valid].cpu().numpy()
             advance()
     for model, mode in zip(models, training, strict=True):

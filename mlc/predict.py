@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mlc.data.dataset import EvalDataset, open_split
+from mlc.data.dataset import BadSamples, EvalDataset, open_split
 from mlc.data.reader import FolderReader, TarReader
 from mlc.data.transforms import EvalTransform
 from mlc.inference import logits_of_rows, probabilities, tta_views
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     reader, name = _open(options, classes)
 
     # ---- Predict
-    scores = predict(
+    scores, seen = predict(
         model.to(accelerator.device),
         info,
         reader,
@@ -48,8 +48,10 @@ def main(argv: list[str] | None = None) -> None:
         batch_size=options.batch_size,
         workers=options.workers,
         views=views,
+        bad=BadSamples(options.max_bad_samples),
         title=f"predict {name}",
     )
+    scores[~seen] = 0.0  # a submission needs its row; nothing was seen, so nothing is predicted
 
     # ---- Write
     if accelerator.is_main_process:
@@ -58,6 +60,8 @@ def main(argv: list[str] | None = None) -> None:
         ids = [reader.image_id(row) for row in range(len(reader))]
         write_probabilities(folder / f"{name}.csv", ids, classes, scores)
         write_submission(folder / "submission.csv", ids, classes, thresholds.apply(scores, rule))
+        if bad := (~seen).sum():
+            say(f"{bad} bad image{'s' * (bad > 1)}: probability 0 for every class")
         say(
             f"{len(ids)} samples x {len(views)} view{'s' * (len(views) > 1)}, threshold {rule['global']:.4f}: "
             f"{folder / f'{name}.csv'} and {folder / 'submission.csv'}"
@@ -65,11 +69,17 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.end_training()
 
 
-def predict(model, info, reader, accelerator, *, batch_size, workers, views, title="") -> np.ndarray:
-    """Probabilities float32 [N, C] of all rows of a reader, averaged over the views; the same on every process."""
+def predict(
+    model, info, reader, accelerator, *, batch_size, workers, views, bad, title=""
+) -> tuple[np.ndarray, np.ndarray]:
+    """(probabilities float32 [N, C] averaged over the views, seen bool [N]), the same on every process.
+
+    Rows whose image could not be read are counted in `bad`, not seen, and NaN.
+    """
     config = info["pretrained_cfg"]
     crop = "squish" if config["crop_mode"] == "squash" else "center"
     transform = EvalTransform(size=config["input_size"][-1], crop=crop, crop_pct=config["crop_pct"])
+    seen = np.zeros(len(reader), bool)
     scores = np.full((len(reader), len(info["label_names"])), np.nan, np.float32)
     for rows, logits in logits_of_rows(
         [model],
@@ -79,18 +89,20 @@ def predict(model, info, reader, accelerator, *, batch_size, workers, views, tit
         workers=workers,
         mean=config["mean"],
         std=config["std"],
+        bad=bad,
         views=views,
         title=title,
     ):
-        assert np.isnan(scores[rows]).all(), "a row was predicted twice"
+        assert not seen[rows].any(), "a row was predicted twice"
+        seen[rows] = True
         scores[rows] = probabilities(logits[:, 0])
-    missing = np.isnan(scores).any(axis=1)
+    missing = np.isnan(scores).any(axis=1) & seen
     if missing.any():
         raise UserError(
             f"{reader.name(int(missing.argmax()))}: the model's output is not a number ({missing.sum()} samples); "
             f"try --amp-dtype none"
         )
-    return scores
+    return scores, seen
 
 
 def weights_folder(run: str, which: str = "best") -> Path:
@@ -179,6 +191,9 @@ def add_compute_flags(parser: Parser) -> None:
     )
     parser.add_argument(
         "-j", "--workers", type=int, default=2, help="processes that decode images, per device (default: 2)"
+    )
+    parser.add_argument(
+        "--max-bad-samples", type=int, default=10, help="images that may be unreadable before it stops (default: 10)"
     )
     parser.add_argument(
         "--amp-dtype",

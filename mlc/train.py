@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from mlc.clock import Clock
 from mlc.config import Config
-from mlc.data.dataset import Batch, EvalDataset, TrainDataset, open_split
+from mlc.data.dataset import BadSamples, Batch, EvalDataset, TrainDataset, open_split
 from mlc.data.loader import Waiting, load, plan_batches, train_positions
 from mlc.data.mixing import mix_lambda, mixup
 from mlc.data.order import DROPOUT, hash64
@@ -105,7 +106,7 @@ def train(config: Config) -> int:
 
     # ---- Resume ------------------------------------------------------------------------------------------------------
     # 1. weights  2. optimizer state  3. EMA  4. step, samples_seen and the best value; all else is a function of 4.
-    progress = {"step": 0, "samples_seen": 0, "best": None, "best_step": None}
+    progress = {"step": 0, "samples_seen": 0, "best": None, "best_step": None, "bad": {}}
     if resume_from:
         meta = checkpoint.read_meta(resume_from)
         refuse_another_run(meta, config, dataset, resume_from)
@@ -129,13 +130,14 @@ def train(config: Config) -> int:
     sample_log = None
     if config.log_samples:
         sample_log = SampleLog(Path(config.log_samples), train_index, accelerator, resumed_step=step)
+    bad, val_bad = BadSamples(config.max_bad_samples, progress["bad"]), BadSamples(config.max_bad_samples)
     stop = StopFlag(folder, watches_file=accelerator.is_main_process)
 
     # ---- Evaluation and checkpoints ----------------------------------------------------------------------------------
     def evaluate_and_keep_best() -> None:
         launch.same_buffers(bare, averaged)
         weights = {"val": bare} | ({"val_ema": averaged} if ema else {})
-        results = evaluate(weights, val_index, config, dataset, accelerator, loss_fn, mean, std)
+        results = evaluate(weights, val_index, config, dataset, accelerator, loss_fn, mean, std, val_bad)
         values = {f"{name}/{key}": value for name, result in results.items() for key, value in result.items()}
         log.write(step=step, samples_seen=samples_seen, epoch=clock.epoch(samples_seen), **values)
         for name, result in results.items():
@@ -169,7 +171,7 @@ def train(config: Config) -> int:
 
     def save_checkpoint() -> None:
         launch.same_buffers(bare, averaged)
-        progress.update(step=step, samples_seen=samples_seen)
+        progress.update(step=step, samples_seen=samples_seen, bad=bad.known)
         meta = {
             "progress": progress,
             "config": vars(config),
@@ -184,11 +186,14 @@ def train(config: Config) -> int:
             checkpoint.prune(folder / "checkpoints", config.checkpoint_hist)
 
     # ---- Loop --------------------------------------------------------------------------------------------------------
-    stream = TrainDataset(train_index, transform, config.seed)
+    stream = TrainDataset(
+        train_index, transform, config.seed, max_bad=config.max_bad_samples, check_crc=config.check_crc
+    )
     positions = train_positions(samples_seen, clock.total, plan, rank)
     batches = Waiting(load(stream, positions, workers=config.workers, device=device), device)
     elements = plan.global_batch * len(dataset.classes)  # the loss is a sum, divided once by the whole step's count
     meter, interval_loss, interval_steps, in_flight = Meter(), torch.zeros((), device=device), 0, None
+    met: list[tuple[str, str]] = []  # bad samples that this rank met and the others do not know of yet
     model.train()
     while samples_seen < clock.total:
         lr = clock.lr(samples_seen)
@@ -197,6 +202,8 @@ def train(config: Config) -> int:
         step_loss = torch.zeros((), device=device)
         for micro in range(plan.accumulation):
             batch = next(batches)
+            if len(batch["bad"]):
+                met += map(stream.problem, batch["bad"].tolist())
             launch.seed_everything(int(hash64(config.seed, DROPOUT, step, rank, micro)[0]) >> 1)
             image, target, lam = prepare(batch, config, mean, std, mixing=samples_seen < clock.mixup_off)
             last = micro == plan.accumulation - 1
@@ -227,12 +234,18 @@ def train(config: Config) -> int:
         if sample_log:
             sample_log.write(step)
 
-        # The stop flag rides on the loss's all-reduce. It is read one step later, on all ranks alike, when it has
-        # arrived anyway, so that nobody waits for the device.
-        arrived = in_flight
-        in_flight = launch.all_sum(torch.stack([step_loss, torch.tensor(float(stop.check()), device=device)]))
-        stopping = arrived is not None and arrived[1].item() > 0
+        # The stop flag and the number of bad samples ride on the loss's all-reduce. They are read one step later, on
+        # all ranks alike, when they have arrived anyway, so that nobody waits for the device.
+        arrived = [0.0, 0.0, 0.0] if in_flight is None else in_flight.tolist()
+        riders = torch.tensor([stop.check(), len(met)], dtype=torch.float32, device=device)
+        in_flight = launch.all_sum(torch.cat([step_loss[None], riders]))
+        stopping = arrived[1] > 0
         at_end = samples_seen >= clock.total
+        saving = at_end or stopping or clock.passed("checkpoint_every", samples_seen)
+        if arrived[2] > 0 or (saving and in_flight[2].item() > 0):
+            for text in bad.add(gather_object(met)):
+                log.say(text)
+            met = []
         interval_loss += in_flight[0]
         interval_steps += 1
         meter.add(plan.global_batch)
@@ -247,6 +260,7 @@ def train(config: Config) -> int:
                 "train/grad_norm": float(grad_norm),
                 "train/img_per_sec": rate,
                 "data/wait_frac": batches.take_seconds() / seconds,
+                "data/bad_samples": len(bad),
                 "sys/mem_gb": memory_gb(device),
             }
             log.write(**line)
@@ -258,7 +272,7 @@ def train(config: Config) -> int:
                 evaluate_and_keep_best()
             if val_index is None and at_end:
                 keep("last", averaged or bare, None)
-            if at_end or stopping or clock.passed("checkpoint_every", samples_seen):
+            if saving:
                 save_checkpoint()
         if stopping and not at_end:
             log.say(f"stopped at step {step}, checkpoint saved; the same command with --resume auto goes on")
@@ -316,23 +330,30 @@ def evaluate(
     loss_fn: Loss,
     mean: Sequence[float],
     std: Sequence[float],
+    bad: BadSamples,
 ) -> dict[str, dict[str, float]]:
-    """Exact metrics of one split, {model: {metric: value}}, the same on every rank; images are decoded once."""
+    """Exact metrics of one split, {model: {metric: value}}, the same on every rank; images are decoded once.
+
+    Images that cannot be read are named, counted in `bad` and left out.
+    """
     logits = np.empty((len(models), len(index), len(dataset.classes)), np.float32)
+    seen = np.zeros(len(index), bool)
     transform = EvalTransform(size=config.img_size, crop=config.val_crop, crop_pct=config.crop_pct)
     for rows, values in logits_of_rows(
         list(models.values()),
-        EvalDataset(TarReader(index), transform),
+        EvalDataset(TarReader(index, check_crc=config.check_crc), transform),
         accelerator,
         batch_size=config.validation_batch_size or config.batch_size,
         workers=min(config.workers, 2),
         mean=mean,
         std=std,
+        bad=bad,
     ):
         logits[:, rows] = values[:, :, 0].swapaxes(0, 1)
-    target = index.targets(np.arange(len(index)))
+        seen[rows] = True
+    target = index.targets(np.flatnonzero(seen))
     results = {}
-    for name, own in zip(models, logits, strict=True):
+    for name, own in zip(models, logits[:, seen], strict=True):
         loss = loss_fn(torch.from_numpy(own), torch.from_numpy(target)).double().mean().item()
         scores = probabilities(own[:, None])
         named = multilabel.evaluate(scores, target, threshold=config.threshold, groups=dataset.group_columns)

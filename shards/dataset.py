@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from shards import urls
 from shards.console import UserError, did_you_mean
 
 FORMAT = "mlc-shards"
 VERSION = 1
 PACKER = "mlc 0.1.0"
 JSON_NAME = "dataset.json"
+COUNTED = 1 << 22  # labels counted at a time
 
 SCHEMA = pa.schema(
     [
@@ -64,13 +66,17 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What `dataset.json` says. `classes` are in column order, `groups` maps a group to its class names."""
+    """What `dataset.json` says. `classes` are in column order, `groups` maps a group to its class names.
+
+    A data set behind a URL has that as its `url`; `root` is then the local folder its indexes are copied to.
+    """
 
     root: Path
     classes: tuple[str, ...]
     groups: Mapping[str, tuple[str, ...]]
     folds: int
     splits: Mapping[str, Split]
+    url: str = ""
 
     @property
     def fingerprint(self) -> str:
@@ -89,7 +95,8 @@ class Dataset:
         if name not in self.splits:
             names = list(self.splits)
             hint = did_you_mean(name, names)
-            raise UserError(f"{self.root} has no split {name!r}; it has: {', '.join(names) or 'none'}{hint}")
+            where = self.url or self.root
+            raise UserError(f"{where} has no split {name!r}; it has: {', '.join(names) or 'none'}{hint}")
         return self.splits[name]
 
 
@@ -99,18 +106,19 @@ class Index:
     Pickles as a path: every process maps the file again at its first access.
     """
 
-    def __init__(self, path: Path, root: Path, shard_names: Sequence[str], num_rows: int, num_classes: int):
+    def __init__(self, path: Path, root: Path, shards: Sequence[Shard], num_rows: int, num_classes: int, url: str = ""):
         self.path = path
         self.num_classes = num_classes
+        self.shards = tuple(shards)
+        self.url = url
         self._root = root
-        self._shard_names = tuple(shard_names)
         self._num_rows = num_rows
 
     def __len__(self) -> int:
         return self._num_rows
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("path", "num_classes", "_root", "_shard_names", "_num_rows")
+        kept = ("path", "num_classes", "shards", "url", "_root", "_num_rows")
         return {name: self.__dict__[name] for name in kept}
 
     @cached_property
@@ -197,35 +205,69 @@ class Index:
         """int64 [len]: how many labels every sample has."""
         return np.diff(self._label_values[0])
 
-    def targets(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """float32 [len(rows), C]: multi-hot labels of the rows."""
-        rows = np.asarray(rows, dtype=np.int64)
+    def labels_of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(class columns int32, position in `rows` int64), both [labels]: all labels of many rows."""
         starts, columns = self._label_values
         counts = starts[rows + 1] - starts[rows]
-        sample = np.repeat(np.arange(len(rows)), counts)
+        owner = np.repeat(np.arange(len(rows)), counts)
         first = np.cumsum(counts) - counts
-        position = np.arange(len(sample)) - np.repeat(first - starts[rows], counts)
+        return columns[np.arange(len(owner)) + np.repeat(starts[rows] - first, counts)], owner
+
+    def targets(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """float32 [len(rows), C]: multi-hot labels of the rows."""
+        columns, owner = self.labels_of(np.asarray(rows, dtype=np.int64))
         targets = np.zeros((len(rows), self.num_classes), dtype=np.float32)
-        targets[sample, columns[position]] = 1.0
+        targets[owner, columns] = 1.0
         return targets
 
     def class_counts(self) -> np.ndarray:
         """int64 [C]: samples per class."""
-        return np.bincount(self._label_values[1], minlength=self.num_classes).astype(np.int64)
+        columns, counts = self._label_values[1], np.zeros(self.num_classes, np.int64)
+        for first in range(0, len(columns), COUNTED):  # in pieces, since bincount first makes every number int64
+            counts += np.bincount(columns[first : first + COUNTED], minlength=self.num_classes)
+        return counts
 
     def shard_path(self, shard: int) -> Path:
-        return self._root / self._shard_names[shard]
+        return self._root / self.shards[shard].name
+
+    def shard_url(self, shard: int) -> str:
+        """Where a data set behind a URL has the shard; "" for local ones."""
+        return f"{self.url}/{self.shards[shard].name}" if self.url else ""
 
 
-def load_dataset(path: str | Path) -> Dataset:
-    """Reads `path/dataset.json`. Raises UserError where there is none, or one this version cannot read."""
+def load_dataset(path: str | Path, *, cache_dir: str | Path = "") -> Dataset:
+    """Reads `path/dataset.json`; `path` is a folder or its http(s), s3 or hf URL, see shards/urls.py.
+
+    Raises:
+        UserError: there is none, or one this version cannot read.
+    """
+    if urls.is_url(path):
+        return _load_remote(urls.check_url(str(path)), Path(cache_dir or urls.cache_home()))
     root = Path(path)
     file = root / JSON_NAME
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"no data set at {root}: {file} is missing; `mlc pack` or `mlc index` writes one") from None
-    except (OSError, ValueError) as error:
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {file}: {error}") from None
+    return _parse(root, file, text)
+
+
+def _load_remote(url: str, cache: Path) -> Dataset:
+    """`dataset.json` is read anew each time; the indexes are copied below `cache` when they are opened."""
+    file = f"{url}/{JSON_NAME}"
+    root = cache / "indexes" / hashlib.sha256(url.encode()).hexdigest()[:16]
+    dataset = _parse(root, file, urls.read_file(file).decode("utf-8", errors="replace"))
+    for split in dataset.splits.values():
+        urls.check_names(url, [split.index, *(shard.name for shard in split.shards)])
+    return replace(dataset, url=url)
+
+
+def _parse(root: Path, file: Path | str, text: str) -> Dataset:
+    try:
+        data = json.loads(text)
+    except ValueError as error:
         raise UserError(f"cannot read {file}: {error}") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise UserError(f"{file} is not a packed data set (its format is not {FORMAT!r}); `mlc pack` writes one")
@@ -257,8 +299,10 @@ def _dataset(root: Path, data: dict[str, Any]) -> Dataset:
 def open_index(dataset: Dataset, split: str) -> Index:
     """Opens a split's index in constant time. Raises UserError for an unknown split or a damaged file."""
     info = dataset.split(split)
-    names = [shard.name for shard in info.shards]
-    index = Index(dataset.root / info.index, dataset.root, names, info.num_samples, len(dataset.classes))
+    path = dataset.root / info.index
+    if dataset.url:
+        path = urls.mirror(f"{dataset.url}/{info.index}", dataset.root)
+    index = Index(path, dataset.root, info.shards, info.num_samples, len(dataset.classes), dataset.url)
     _ = index.batch  # a damaged file is reported here and not by a worker
     return index
 

@@ -38,7 +38,7 @@ from shards.workers import default_workers, spread
 SHARD_BYTES = 1_000_000_000
 WORKER_BYTES = 100_000_000  # below that a second process costs more to start than it saves
 PLAN_NAME = ".plan"
-EXTRA_FILES = (JSON_NAME, PLAN_NAME, "_info.json", "sizes.json")
+EXTRA_FILES = (JSON_NAME, PLAN_NAME, "_info.json", "sizes.json", "quarantine.csv")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,9 @@
-"""`mlc stats`: what is in a data set, before a week of training on it: classes, groups, labels per image, captions."""
+"""`mlc stats`: what is in a data set, before a week of training on it: classes, groups, labels per image, captions.
 
+With `--html` also what only eyes can judge: samples of every class, copies, and test pictures that are in train.
+"""
+
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -13,6 +17,7 @@ from rich.text import Text
 
 from shards.console import Parser
 from shards.dataset import Dataset, Index, load_dataset, open_index
+from shards.workers import default_workers
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,10 +25,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("data", help="folder of a packed or indexed data set")
     parser.add_argument("--split", help="only this split")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--html",
+        metavar="OUT.html",
+        type=Path,
+        help="write one page that opens anywhere: charts, samples, near copies, leaks between splits",
+    )
+    parser.add_argument(
+        "--most-images",
+        type=_at_least_one,
+        default=200_000,
+        metavar="N",
+        help="open at most this many images for the page, evenly spread (200000)",
+    )
+    parser.add_argument("-j", "--workers", type=_at_least_one, default=default_workers(), help="processes (all cores)")
     args = parser.parse_args(argv)
     dataset = load_dataset(Path(args.data))
     names = [dataset.split(args.split).name] if args.split else list(dataset.splits)
+    if args.html:
+        from shards import stats_html  # here, because drawing takes a second to load
+
+        stats_html.check_target(args.html)
     found = {name: split_stats(dataset, name) for name in names}
+    if args.html:
+        stats_html.write_page(dataset, found, args.html, most=args.most_images, workers=args.workers)
     if args.json:
         print(
             json.dumps(
@@ -31,9 +56,15 @@ def main(argv: list[str] | None = None) -> int:
                 ensure_ascii=False,
             )
         )
-    else:
+    elif not args.html:
         _show(args.data, dataset, found)
     return 0
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+    return int(text)
 
 
 def split_stats(dataset: Dataset, name: str) -> dict:
@@ -89,16 +120,17 @@ def _show(data: str, dataset: Dataset, found: dict[str, dict]) -> None:
         f"fingerprint {dataset.fingerprint}",
         highlight=False,
     )
-    overview = Table("", *found, title="splits", title_justify="left")
-    for label, cells in _overview(found):
-        overview.add_row(label, *cells)
-    console.print(overview)
+    splits = Table("", *found, title="splits", title_justify="left")
+    for label, cells in overview(found):
+        splits.add_row(label, *cells)
+    console.print(splits)
     labelled = {name: split for name, split in found.items() if "classes" in split}
     if labelled:
         console.print(_class_table(dataset, labelled))
 
 
-def _overview(found: dict[str, dict]) -> list[tuple[str, list[str]]]:
+def overview(found: dict[str, dict]) -> list[tuple[str, list[str]]]:
+    """(what, a cell per split): the table of splits, for a terminal and for the page."""
     splits = list(found.values())
     captions = [split["captions"] for split in splits]
     return [

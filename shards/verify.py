@@ -7,6 +7,7 @@ its crc32.
 
 import json
 import zlib
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,9 @@ import numpy as np
 
 from shards.console import Parser, UserError, listed, progress, say
 from shards.dataset import Dataset, Index, Shard, load_dataset, open_index
-from shards.image import BadImage, check_image
-from shards.index import column_of, read_sidecar
-from shards.tar import Group, file_sha256, groups
+from shards.index import read_sidecar
+from shards.repair import QUARANTINE, image_problem, keys_twice, labels_differ, read_quarantine, repair, survey
+from shards.tar import Group, file_sha256
 from shards.workers import default_workers, spread
 
 Report = Callable[[str, str], None]  # (key, what is wrong)
@@ -26,13 +27,14 @@ Report = Callable[[str, str], None]  # (key, what is wrong)
 
 @dataclass(frozen=True)
 class ShardCheck:
-    """One shard to look at; `index` maps itself again in the worker."""
+    """One shard to look at; `index` maps itself again in the worker, `quarantined` are keys ("": the tar's end)."""
 
     index: Index
     classes: tuple[str, ...]
     split: str
     number: int
     shard: Shard
+    quarantined: frozenset[str]
     decode: bool
 
 
@@ -43,30 +45,59 @@ def main(argv: list[str] | None = None) -> int:
         "Exit code 1 where something is wrong.",
     )
     parser.add_argument("data", help="folder of a packed or indexed data set")
-    parser.add_argument("--decode", action="store_true", help="also decode every image")
+    parser.add_argument("--decode", action="store_true", help="also decode every image, and not only its header")
+    parser.add_argument(
+        "--repair",
+        action="store_true",
+        help=f"make the index fit what is there: samples that are damaged or lost go into {QUARANTINE}; the tars stay "
+        "as they are. Exit code 0 where that was done",
+    )
     parser.add_argument("-j", "--workers", type=int, default=default_workers(), help="processes (all cores)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
     dataset = load_dataset(Path(args.data))
     problems, samples = verify(dataset, decode=args.decode, workers=args.workers)
-    shards = sum(len(split.shards) for split in dataset.splits.values())
+    lost = repair(dataset, problems, decode=args.decode) if args.repair and problems else []
+    found = {
+        "data": args.data,
+        "shards": sum(len(split.shards) for split in dataset.splits.values()),
+        "samples": samples,
+        "problems": problems,
+    }
+    if args.repair:
+        found["quarantined"] = [entry._asdict() for entry in lost if entry.key]
     if args.json:
-        print(
-            json.dumps(
-                {"data": args.data, "shards": shards, "samples": samples, "problems": problems}, ensure_ascii=False
-            )
-        )
-    elif problems:
-        texts = [": ".join(filter(None, (found["shard"], found["key"], found["problem"]))) for found in problems]
-        say(f"{args.data}: {len(problems)} problem{'s' * (len(texts) > 1)}\n{listed(texts, limit=len(texts))}")
+        print(json.dumps(found, ensure_ascii=False))
     else:
-        decoded = ", every image decodes" if args.decode else ""
-        say(f"{args.data}: {samples} samples in {shards} shards are as they were packed{decoded}")
-    return 1 if problems else 0
+        known = sum(bool(entry.key) for entry in read_quarantine(dataset.root))
+        _say(found, known, decoded=args.decode)
+    return 1 if problems and not args.repair else 0
+
+
+def _say(found: dict, known: int, *, decoded: bool) -> None:
+    problems, data = found["problems"], found["data"]
+    if not problems:
+        what = ", every image decodes" if decoded else ""
+        more = f"; {known} are in {QUARANTINE}" if known else ""
+        say(f"{data}: {found['samples']} samples in {found['shards']} shards are as they were packed{what}{more}")
+        return
+    texts = [": ".join(filter(None, (problem["shard"], problem["key"], problem["problem"]))) for problem in problems]
+    say(f"{data}: {len(problems)} problem{'s' * (len(texts) > 1)}\n{listed(texts, limit=len(texts))}")
+    if "quarantined" in found:
+        lost = len(found["quarantined"])
+        if any(problem["shard"].endswith(".arrow") for problem in problems):
+            say("folds and sampling weights were in that index only: its samples have fold -1 and weight 1 now")
+        say(f"repaired: the index fits the tars again; {lost} sample{'s' * (lost != 1)} left it for {QUARANTINE}")
 
 
 def verify(dataset: Dataset, *, decode: bool, workers: int) -> tuple[list[dict[str, str]], int]:
-    """(problems, samples looked at); a problem is {"split", "shard", "key", "problem"}, key "" for a whole shard."""
+    """(problems, samples looked at); a problem is {"split", "shard", "key", "problem"}, key "" for a whole shard.
+
+    What `quarantine.csv` lists is known and no problem, as long as it is not in the index.
+    """
+    quarantined = defaultdict(set)
+    for entry in read_quarantine(dataset.root):
+        quarantined[entry.split, entry.shard].add(entry.key)
     problems, checks, samples = [], [], 0
     for name, split in dataset.splits.items():
         try:
@@ -75,9 +106,10 @@ def verify(dataset: Dataset, *, decode: bool, workers: int) -> tuple[list[dict[s
             problems.append({"split": name, "shard": split.index, "key": "", "problem": str(error)})
             continue
         samples += len(index)
-        problems += _shard_counts(name, index, split.shards)
+        problems += _shard_counts(name, index, split.shards) + _keys_twice(name, index, split.shards)
         checks += [
-            ShardCheck(index, dataset.classes, name, number, shard, decode) for number, shard in enumerate(split.shards)
+            ShardCheck(index, dataset.classes, name, number, shard, frozenset(quarantined[name, shard.name]), decode)
+            for number, shard in enumerate(split.shards)
         ]
     with progress("verifying shards", len(checks)) as advance:
         for found in spread(check_shard, checks, workers):
@@ -87,15 +119,29 @@ def verify(dataset: Dataset, *, decode: bool, workers: int) -> tuple[list[dict[s
 
 
 def _shard_counts(name: str, index: Index, shards: tuple[Shard, ...]) -> list[dict[str, str]]:
-    counts = np.bincount(index.shard, minlength=len(shards))
+    inside = (index.shard >= 0) & (index.shard < len(shards))
+    counts = np.bincount(index.shard[inside], minlength=len(shards))
     texts = [
         (shard.name, f"the index has {count} samples of it, dataset.json says {shard.num_samples}")
-        for shard, count in zip(shards, counts, strict=False)
+        for shard, count in zip(shards, counts, strict=True)
         if count != shard.num_samples
     ]
-    if len(counts) > len(shards):
+    if not inside.all():
         texts.append((shards[-1].name if shards else "", "the index names shards that dataset.json does not have"))
     return [{"split": name, "shard": shard, "key": "", "problem": text} for shard, text in texts]
+
+
+def _keys_twice(name: str, index: Index, shards: tuple[Shard, ...]) -> list[dict[str, str]]:
+    names = [shard.name for shard in shards]
+    return [
+        {
+            "split": name,
+            "shard": names[number] if 0 <= (number := int(index.shard[row])) < len(names) else "",
+            "key": index.key(row),
+            "problem": "an earlier row of the index has the key as well",
+        }
+        for row in keys_twice(index.batch.column("key"))
+    ]
 
 
 def check_shard(task: ShardCheck) -> list[dict[str, str]]:
@@ -114,51 +160,51 @@ def check_shard(task: ShardCheck) -> list[dict[str, str]]:
         report("", f"{size} bytes, packed with {task.shard.size}")
     elif file_sha256(path) != task.shard.sha256:
         report("", "sha256 differs from the pack's")
+    changed = bool(problems)
     rows = np.flatnonzero(task.index.shard == task.number)
     with open(path, "rb") as file:
-        _check_members(task, path, file, rows, report)
+        _check_members(task, path, file, rows, report, changed=changed)
         for row in rows:
             _check_image(task, row, file, size, report)
     return problems
 
 
-def _check_members(task: ShardCheck, path: Path, file: BinaryIO, rows: np.ndarray, report: Report) -> None:
+def _check_members(
+    task: ShardCheck, path: Path, file: BinaryIO, rows: np.ndarray, report: Report, *, changed: bool
+) -> None:
     """The tar's own headers and texts against the index: the same samples at the same places, and none besides."""
-    try:
-        samples = {group.key: group for group in groups(path) if group.image()}
-    except UserError as error:
-        report("", str(error))
-        return
+    found = survey(path)
+    if found.end and (changed or "" not in task.quarantined):
+        report("", found.end)
     position = {name: column for column, name in enumerate(task.classes)}
+    indexed = set()
     for row in rows:
         key = task.index.key(row)
-        group = samples.pop(key, None)
-        if group is None:
+        indexed.add(key)
+        if key in found.bad:
+            report(key, found.bad[key])
+        elif key not in found.groups:
             report(key, "in the index, but the tar has no image of that key")
-            continue
-        ext, member = group.image()
-        indexed = (task.index.ext(row), int(task.index.offset[row]), int(task.index.size[row]))
-        if indexed != (ext, member.offset, member.size):
-            report(key, f"the index says {indexed}, the tar {(ext, member.offset, member.size)} (ext, offset, size)")
-        _check_texts(task, row, file, group, position, report)
-    for key in samples:
-        report(key, "in the tar, but not in the index")
+        else:
+            _check_row(task, row, file, found.groups[key], position, report)
+    for key in [*found.groups, *found.bad]:
+        if key not in indexed and key not in task.quarantined:
+            report(key, found.bad.get(key, "in the tar, but not in the index"))
 
 
-def _check_texts(
+def _check_row(
     task: ShardCheck, row: int, file: BinaryIO, group: Group, position: dict[str, int], report: Report
 ) -> None:
-    index = task.index
+    ext, member = group.image()
+    indexed = (task.index.ext(row), int(task.index.offset[row]), int(task.index.size[row]))
+    if indexed != (ext, member.offset, member.size):
+        report(group.key, f"the index says {indexed}, the tar {(ext, member.offset, member.size)} (ext, offset, size)")
     try:
-        sidecar = read_sidecar(file, group)
+        text = labels_differ(task.index, row, read_sidecar(file, group), position)
     except UserError as error:
-        report(group.key, str(error))
-        return
-    columns = {column_of(label, position) for label in sidecar.labels or ()}
-    if (sidecar.image_id, sidecar.caption) != (index.image_id(row), index.caption(row)):
-        report(group.key, "the index has another image_id or caption than the tar")
-    if columns != set(index.labels(row).tolist()):
-        report(group.key, "the index has other labels than the tar")
+        text = str(error)
+    if text:
+        report(group.key, text)
 
 
 def _check_image(task: ShardCheck, row: int, file: BinaryIO, shard_size: int, report: Report) -> None:
@@ -170,8 +216,5 @@ def _check_image(task: ShardCheck, row: int, file: BinaryIO, shard_size: int, re
     data = file.read(size)
     if zlib.crc32(data) != task.index.crc32[row]:
         report(key, "the image's crc32 differs from the pack's")
-    elif task.decode:
-        try:
-            check_image(data)
-        except BadImage as problem:
-            report(key, f"the image {problem}")
+    elif text := image_problem(data, decode=task.decode):
+        report(key, text)

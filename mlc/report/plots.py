@@ -12,11 +12,12 @@ from shards.image import open_image, to_rgb
 COLUMNS, ROWS = 6, 4
 
 
-def contact_sheet(path: Path, reader, predicted: np.ndarray, classes: Sequence[str]) -> None:
-    """The first images of a split, each with its labels: found (green), missed (orange), wrongly predicted (red).
+def contact_sheet(path: Path, reader, predicted: np.ndarray, classes: Sequence[str], *, rows: Sequence[int]) -> None:
+    """The first of some rows of a split, each with its labels: found (green), missed (orange), wrong (red).
 
     Args:
-        predicted: bool [N, C].
+        predicted: bool [N, C] of all rows of the split.
+        rows: those whose image can be shown.
     """
     import matplotlib
 
@@ -27,7 +28,7 @@ def contact_sheet(path: Path, reader, predicted: np.ndarray, classes: Sequence[s
     figure.subplots_adjust(left=0.01, right=0.99, top=0.99, bottom=0.07, wspace=0.08, hspace=0.42)
     for axis in axes.flat:
         axis.axis("off")
-    for row, axis in enumerate(axes.flat[: len(reader)]):
+    for row, axis in zip(rows, axes.flat, strict=False):
         axis.imshow(to_rgb(upright(open_image(reader.read(row)))))
         for place, (text, color) in enumerate(_verdict(reader.index.labels(row), predicted[row], classes)):
             below = -0.04 - 0.12 * place

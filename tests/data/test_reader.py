@@ -1,4 +1,5 @@
 import pickle
+import shutil
 import zlib
 
 import numpy as np
@@ -10,6 +11,7 @@ from mlc.data.reader import FolderReader, TarReader
 from mlc.data.transforms import EvalTransform, TrainTransform
 from shards.console import UserError
 from shards.dataset import load_dataset
+from shards.image import BadImage
 
 
 @pytest.fixture
@@ -35,18 +37,32 @@ def test_few_files_stay_open_and_nothing_travels_with_a_pickle(index, monkeypatc
     assert [copy.read(row) for row in range(len(copy))] == first
 
 
-def test_a_truncated_or_missing_shard_is_named(shards, tmp_path):
-    import shutil
-
+def test_what_cannot_be_read_says_why(shards, tmp_path):
     broken = shutil.copytree(shards, tmp_path / "shards")
     index = open_split(load_dataset(broken), "train")
     path, row = index.shard_path(0), int(np.flatnonzero(index.shard == 0)[-1])
-    path.write_bytes(path.read_bytes()[: int(index.offset[row]) + 10])
-    with pytest.raises(UserError, match=r"train-000000.tar:.* truncated"):
+    data = path.read_bytes()
+    path.write_bytes(data[: int(index.offset[row]) + 10])
+    with pytest.raises(BadImage, match="the shard ends inside this image; it is truncated"):
         TarReader(index).read(row)
     path.unlink()
-    with pytest.raises(UserError, match="cannot be read: No such file"):
+    with pytest.raises(BadImage, match=r"cannot be read \(No such file"):
         TarReader(index).read(row)
+    path.write_bytes(data[:-20000] + b"?" * 20000)
+    with pytest.raises(BadImage, match="crc32 is not the index's"):
+        TarReader(index).read(row)
+    assert len(TarReader(index, check_crc=False).read(row)) == index.size[row]
+
+
+@pytest.mark.parametrize("column, value", [("offset", -5), ("offset", 1 << 62), ("size", -1), ("size", 1 << 62)])
+def test_a_damaged_index_is_a_bad_image_and_no_crash(index, column, value):
+    reader = TarReader(index)
+    values = getattr(index, column).copy()
+    values[3] = value
+    setattr(index, column, values)
+    with pytest.raises(BadImage):
+        reader.read(3)
+    reader.read(4)
 
 
 def test_training_batch_follows_the_contract(index):
@@ -55,6 +71,7 @@ def test_training_batch_follows_the_contract(index):
     assert batch["image"].shape == (4, 3, 24, 24) and batch["image"].dtype.is_floating_point is False
     assert batch["position"].tolist() == [5, 6, 7, 8] and batch["valid"].all()
     assert np.array_equal(batch["target"].numpy(), index.targets(batch["row"].numpy()))
+    assert batch["bad"].shape == (0,) and batch["bad"].dtype == batch["position"].dtype
 
 
 def test_padding_rows_are_blank_and_invalid(index):

@@ -22,5 +22,5 @@ def test_contact_sheet_of_a_split(shards, tmp_path):
     dataset = load_dataset(shards)
     reader = TarReader(open_split(dataset, "val"))
     predicted = np.zeros((len(reader), len(dataset.classes)), bool)
-    contact_sheet(tmp_path / "deep" / "sheet.png", reader, predicted, dataset.classes)
+    contact_sheet(tmp_path / "deep" / "sheet.png", reader, predicted, dataset.classes, rows=range(len(reader)))
     assert Image.open(tmp_path / "deep" / "sheet.png").size == (1320, 1100)

@@ -1,30 +1,25 @@
-"""Encoded bytes -> uint8 pixels in the workers; float only on the device, where it is cheap and batched.
+"""One image of a batch: its crop, flips and augmentation in the workers; float only on the device, batched.
 
-Every random choice comes from `Draws`, keyed by (seed, position). RandAugment and AutoAugment are timm's own policies;
-they draw from Python's and numpy's global generators, which are seeded for that one image from the same key.
+Every random choice comes from `Draws`, keyed by (seed, position), in a fixed order: crop, flips, augmentation.
 """
 
 import math
-import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import cv2
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
-from timm.data import auto_augment
 
+from mlc.data.augment import build_aa
+from mlc.data.decode import Box, decoded
+from mlc.data.decode import upright as upright
 from mlc.data.order import ERASE, Draws
-from shards.console import UserError
-from shards.image import BadImage, open_image, to_rgb
-
-Box = tuple[float, float, float, float]  # left, upper, right, lower in pixels of the stored image
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTransform:
-    """Random crop, flips and RandAugment; the geometry is timm's RandomResizedCropAndInterpolation."""
+    """Random crop, flips and RandAugment; the crop is timm's RandomResizedCropAndInterpolation."""
 
     size: int
     scale: tuple[float, float] = (0.08, 1.0)
@@ -39,12 +34,12 @@ class TrainTransform:
         """Bytes of an image -> uint8 [size, size, 3]."""
         image = decoded(data, self.size, lambda size: self._box(size, draws))
         if draws.uniform() < self.hflip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            image = cv2.flip(image, 1)
         if draws.uniform() < self.vflip:
-            image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+            image = cv2.flip(image, 0)
         if self.aa:
-            image = _augmented(image, build_aa(self.aa, self.size, self.mean), draws)
-        return np.asarray(image)
+            image = build_aa(self.aa, self.size, self.mean)(image, draws)
+        return image
 
     def _box(self, size: tuple[int, int], draws: Draws) -> Box:
         if self.crop == "rrc":
@@ -62,36 +57,8 @@ class EvalTransform:
 
     def __call__(self, data: bytes, draws: Draws | None = None) -> np.ndarray:
         """Bytes of an image -> uint8 [size, size, 3]."""
-        return np.asarray(
-            decoded(data, self.size, whole if self.crop == "squish" else lambda size: center_box(size, self.crop_pct))
-        )
-
-
-def decoded(data: bytes, size: int, choose: Callable[[tuple[int, int]], Box]) -> Image.Image:
-    """RGB [size, size] of the box that `choose` picks, given the upright image's (width, height). Raises BadImage."""
-    image = open_image(data)
-    try:
-        image = upright(image)
-        return resized(image, choose(image.size), size)
-    except Exception as error:  # foreign bytes make the decoders raise anything
-        raise BadImage(f"does not decode: {error}") from error
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF orientation says; untouched, and so not yet decoded, where it says nothing."""
-    if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
-        return image
-    return ImageOps.exif_transpose(image)
-
-
-def resized(image: Image.Image, box: Box, size: int) -> Image.Image:
-    """The box of the image as RGB [size, size]; a JPEG is decoded at a fraction of its size where that is enough."""
-    width, height = image.size
-    enough = (math.ceil(width * size / (box[2] - box[0])), math.ceil(height * size / (box[3] - box[1])))
-    image.draft("RGB", enough)
-    across, down = image.width / width, image.height / height
-    box = (box[0] * across, box[1] * down, min(box[2] * across, image.width), min(box[3] * down, image.height))
-    return to_rgb(image).resize((size, size), Image.Resampling.BICUBIC, box=box)
+        choose = whole if self.crop == "squish" else lambda size: center_box(size, self.crop_pct)
+        return decoded(data, self.size, choose, antialias=True)
 
 
 def whole(size: tuple[int, int]) -> Box:
@@ -121,58 +88,14 @@ def random_box(size: tuple[int, int], scale: tuple[float, float], ratio: tuple[f
     return (float(left), float(upper), float(left + w), float(upper + h))
 
 
-_policies: dict[tuple, Callable] = {}
-
-
-def build_aa(policy: str, size: int, mean: tuple[float, ...]) -> Callable[[Image.Image], Image.Image]:
-    """timm's policy for a string such as `rand-m9-mstd0.5-inc1`, `original`, `augmix-m5-w4`, `3a`; made once.
-
-    Raises:
-        UserError: a policy that timm cannot parse.
-    """
-    key = (policy, size, mean)
-    if key not in _policies:
-        try:
-            _policies[key] = _parsed(policy, size, mean)
-        except (AssertionError, KeyError, ValueError, IndexError) as error:
-            raise UserError(
-                f"--aa {policy}: timm does not know this policy ({error}); e.g. rand-m9-mstd0.5-inc1"
-            ) from error
-    return _policies[key]
-
-
-def _parsed(policy: str, size: int, mean: tuple[float, ...]) -> Callable[[Image.Image], Image.Image]:
-    hparams = {
-        "translate_const": int(size * 0.45),
-        "img_mean": tuple(min(255, round(255 * m)) for m in mean),
-        "interpolation": Image.Resampling.BICUBIC,
-    }
-    if policy.startswith("rand"):
-        return auto_augment.rand_augment_transform(policy, hparams)
-    if policy.startswith("augmix"):
-        return auto_augment.augment_and_mix_transform(policy, {**hparams, "translate_pct": 0.3})
-    return auto_augment.auto_augment_transform(policy, hparams)
-
-
-def _augmented(image: Image.Image, augment: Callable, draws: Draws) -> Image.Image:
-    kept = random.getstate(), np.random.get_state()
-    random.seed(draws.bits())
-    np.random.seed(draws.bits() & 0xFFFFFFFF)
-    try:
-        return augment(image)
-    finally:
-        random.setstate(kept[0])
-        np.random.set_state(kept[1])
-
-
 # ---- on the device ---------------------------------------------------------------------------------------------------
 
 
 def normalize(image: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
-    """uint8 [B, 3, H, W] -> float32, (x / 255 - mean) / std per channel."""
+    """uint8 [B, 3, H, W], in any memory order, -> contiguous float32, (x / 255 - mean) / std per channel."""
     mean_t = torch.tensor(mean, device=image.device).view(1, -1, 1, 1)
     std_t = torch.tensor(std, device=image.device).view(1, -1, 1, 1)
-    return image.float().div_(255).sub_(mean_t).div_(std_t)
+    return image.contiguous().float().div_(255).sub_(mean_t).div_(std_t)
 
 
 def erase_box(height: int, width: int, draws: Draws) -> tuple[int, int, int, int] | None:

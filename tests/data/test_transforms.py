@@ -1,5 +1,4 @@
 import io
-import random
 from unittest.mock import patch
 
 import numpy as np
@@ -12,8 +11,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from mlc.data import transforms
 from mlc.data.order import AUGMENT, ERASE, Draws
-from mlc.data.transforms import EvalTransform, TrainTransform, erase, erase_box, normalize, random_box, upright
-from shards.image import open_image
+from mlc.data.transforms import EvalTransform, TrainTransform, erase, erase_box, normalize, random_box
 
 
 def encoded(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
@@ -38,14 +36,41 @@ def test_the_same_position_gives_the_same_pixels(photo):
     assert views[0].shape == (32, 32, 3) and views[0].dtype == np.uint8
 
 
-def test_global_generators_are_left_alone(photo):
-    random.seed(1)
-    np.random.seed(1)
-    expected = random.random(), np.random.rand()
-    random.seed(1)
-    np.random.seed(1)
-    TrainTransform(size=32, aa="rand-m9-mstd0.5-inc1")(encoded(photo), Draws(0, AUGMENT, 5))
-    assert (random.random(), np.random.rand()) == expected
+# Drawn by the first release, seed 7: a change here changes what every running experiment sees after a resume.
+GOLDEN = {
+    (640, 480): [(28, 49, 454, 389), (336, 90, 605, 314), (247, 119, 559, 438)],
+    (384, 288): [(17, 29, 273, 233), (202, 54, 363, 188), (149, 71, 336, 263)],
+    (60, 1000): [(0, 460, 60, 540)] * 3,
+}
+
+
+@pytest.mark.parametrize("size", GOLDEN)
+def test_crops_are_the_same_for_ever(size, monkeypatch):
+    chosen = []
+
+    def recording(data, side, choose):
+        chosen.append(choose(size))
+        return np.zeros((side, side, 3), np.uint8)
+
+    monkeypatch.setattr(transforms, "decoded", recording)
+    for p in range(3):
+        TrainTransform(size=8)(b"", Draws(7, AUGMENT, p))
+    assert chosen == GOLDEN[size]
+
+
+def test_draws_are_spent_on_crop_flips_and_augmentation_in_that_order(photo):
+    """A flip is what the draw after the crop's says; switching the augmentation on changes neither."""
+    data = encoded(photo, "PNG")
+    for p in range(20):
+        draws = Draws(0, AUGMENT, p)
+        plain = TrainTransform(size=32, hflip=0, vflip=0)(data, Draws(0, AUGMENT, p))
+        random_box(photo.size, (0.08, 1.0), (3 / 4, 4 / 3), draws)
+        across, down = draws.uniform() < 0.5, draws.uniform() < 0.5
+        flipped = plain[:: -1 if down else 1, :: -1 if across else 1]
+        assert np.array_equal(TrainTransform(size=32, vflip=0.5)(data, Draws(0, AUGMENT, p)), flipped)
+        augmented = TrainTransform(size=32, vflip=0.5, aa="rand-m9-mstd0.5-inc1")(data, Draws(0, AUGMENT, p))
+        expected = transforms.build_aa("rand-m9-mstd0.5-inc1", 32, TrainTransform(size=32).mean)(flipped.copy(), draws)
+        assert np.array_equal(augmented, expected)
 
 
 @pytest.mark.parametrize("size", [(500, 300), (300, 500), (1000, 60), (60, 1000)])
@@ -91,7 +116,11 @@ def test_normalize_is_torchvisions():
 
     image = torch.randint(0, 256, (2, 3, 5, 5), dtype=torch.uint8)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    torch.testing.assert_close(normalize(image, mean, std), functional.normalize(image.float() / 255, mean, std))
+    expected = functional.normalize(image.float() / 255, mean, std)
+    for order in (torch.contiguous_format, torch.channels_last):
+        seen = normalize(image.contiguous(memory_format=order), mean, std)
+        torch.testing.assert_close(seen, expected)
+        assert seen.is_contiguous()
 
 
 def test_squish_keeps_the_whole_picture_and_center_the_middle(photo):
@@ -101,28 +130,6 @@ def test_squish_keeps_the_whole_picture_and_center_the_middle(photo):
     assert (
         38 < middle[0, 0, 0] < 50 and 205 < middle[0, -1, 0] < 217
     )  # the outer 20 of 120 columns are cut on each side
-
-
-def test_draft_decoding_stays_close_to_the_full_decode():
-    """A large JPEG is decoded at a fraction of its size: the same picture within a few grey levels."""
-    x = np.linspace(0, 6, 960)
-    smooth = (127 + 120 * np.sin(x)[None, :] * np.cos(x)[:720, None]).astype(np.uint8)
-    data = encoded(Image.fromarray(np.stack([smooth] * 3, -1)), quality=95)
-    fast = EvalTransform(size=48)(data).astype(int)
-    full = np.asarray(Image.open(io.BytesIO(data)).convert("RGB").resize((48, 48), Image.Resampling.BICUBIC)).astype(
-        int
-    )
-    assert np.abs(fast - full).mean() < 2
-
-
-def test_exif_orientation_is_obeyed(photo):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # shown turned by 90 degrees clockwise
-    turned = upright(open_image(encoded(photo, exif=exif)))
-    assert turned.size == (80, 120)
-    reference = EvalTransform(size=24)(encoded(photo.transpose(Image.Transpose.ROTATE_270), quality=95)).astype(int)
-    seen = EvalTransform(size=24)(encoded(photo, exif=exif, quality=95)).astype(int)
-    assert np.abs(seen - reference).mean() < 3
 
 
 @pytest.mark.parametrize(
@@ -148,9 +155,3 @@ def test_every_kind_of_image_becomes_rgb(photo, mode, kind):
 def test_transparent_pixels_are_white():
     pixels = EvalTransform(size=8)(encoded(Image.new("RGBA", (8, 8), (0, 0, 0, 0)), "PNG"))
     assert (pixels == 255).all()
-
-
-@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "original", "v0", "3a", "augmix-m5-w4"])
-def test_timms_policies_run(photo, policy):
-    transforms._policies.clear()
-    assert TrainTransform(size=24, aa=policy)(encoded(photo), Draws(0, AUGMENT, 1)).shape == (24, 24, 3)

@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes says nothing here: the machine may be doing something else.
+settings.register_profile("mlc", deadline=None)
+settings.load_profile("mlc")
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent

@@ -92,7 +92,8 @@ def test_pickle_is_a_path_whatever_was_read_before(tmp_path):
     fresh = len(pickle.dumps(index))
     index.targets(range(1000))
     _ = index.offset, index.crc32
-    assert len(pickle.dumps(index)) == fresh < 3000
+    # It carries the name, size and checksum of each of its 100 shards, and nothing per row.
+    assert len(pickle.dumps(index)) == fresh < 1000 + 50 * len(index.shards)
     again = pickle.loads(pickle.dumps(index))
     assert len(again) == 1000
     assert np.array_equal(again.targets(range(1000)), index.targets(range(1000)))

@@ -31,6 +31,7 @@ from pathlib import Path
 from statistics import median
 
 import common
+import cv2
 import numpy as np
 import simplejpeg
 import timm.data
@@ -40,11 +41,14 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
+from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 
 from mlc.data.dataset import TrainDataset, open_split
+from mlc.data.decode import resized
 from mlc.data.loader import load, plan_batches, train_positions
-from mlc.data.transforms import TrainTransform
+from mlc.data.order import Draws
+from mlc.data.transforms import TrainTransform, random_box
 from shards.dataset import load_dataset
 from shards.image import packed_bytes
 
@@ -78,7 +82,7 @@ class Data:
 
 
 def big_pictures(count: int) -> list[bytes]:
-    """640 x 480 JPEGs of quality 90, about 107 kB: crops of scikit-learn's two photographs with a camera's noise."""
+    """640 x 480 JPEGs of quality 90, about 97 kB: crops of scikit-learn's two photographs with a camera's noise."""
     rng, photos = np.random.default_rng(0), [Image.fromarray(photo) for photo in load_sample_images().images]
     pictures = []
     for i in range(count):
@@ -232,6 +236,72 @@ LOADERS: dict[str, tuple[Callable[[Data, int], Iterable], str]] = {  # and the m
 }
 
 
+# ---- parts: why this decoder and these filters -----------------------------------------------------------------------
+
+
+def half_size(data: bytes) -> np.ndarray:
+    height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+    return simplejpeg.decode_jpeg(data, "RGB", min_height=-(-height // 2), min_width=-(-width // 2))
+
+
+def by_torch(pixels: np.ndarray) -> np.ndarray:
+    planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+    return torch.nn.functional.interpolate(planes, (SIZE, SIZE), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
+
+
+DECODERS: dict[str, Callable[[bytes], object]] = {
+    "simplejpeg": lambda data: simplejpeg.decode_jpeg(data, "RGB"),
+    "simplejpeg, half size": half_size,
+    "torchvision": lambda data: decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB),
+    "OpenCV": lambda data: cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB),
+    "OpenCV, half size": lambda data: cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_REDUCED_COLOR_2),
+    "Pillow": lambda data: np.asarray(Image.open(io.BytesIO(data))),
+}
+
+FILTERS: dict[str, Callable[[np.ndarray], object]] = {
+    "mlc (by the shrinking)": lambda pixels: resized(pixels, (0, 0, pixels.shape[1], pixels.shape[0]), SIZE),
+    "OpenCV linear": lambda pixels: cv2.resize(pixels, (SIZE, SIZE), interpolation=cv2.INTER_LINEAR),
+    "OpenCV cubic": lambda pixels: cv2.resize(pixels, (SIZE, SIZE), interpolation=cv2.INTER_CUBIC),
+    "OpenCV area": lambda pixels: cv2.resize(pixels, (SIZE, SIZE), interpolation=cv2.INTER_AREA),
+    "torch bicubic, antialiased": by_torch,
+    "Pillow bilinear": lambda pixels: Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.BILINEAR),
+    "Pillow bicubic": lambda pixels: Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.BICUBIC),
+}
+
+
+def parts(pictures: list[bytes], rounds: int) -> tuple[str, str]:
+    """Microseconds of each decoder on whole pictures and of each filter on random crops, with the filters' pixels."""
+    crops = []
+    for position, data in enumerate(pictures):
+        pixels = simplejpeg.decode_jpeg(data, "RGB")
+        left, upper, right, lower = map(
+            int, random_box(pixels.shape[1::-1], (0.08, 1), (3 / 4, 4 / 3), Draws(0, 0, position))
+        )
+        crops.append(np.ascontiguousarray(pixels[upper:lower, left:right]))
+    decoding = _timed(DECODERS, pictures, rounds)
+    filtering = _timed(FILTERS, crops, rounds)
+    exact = [np.asarray(FILTERS["Pillow bicubic"](crop)).astype(int) for crop in crops]
+    rows = []
+    for name, microseconds in filtering.items():
+        distance = [np.abs(np.asarray(FILTERS[name](c)) - e).mean() for c, e in zip(crops, exact, strict=True)]
+        rows.append([name, f"{microseconds:.0f}", f"{np.mean(distance):.2f}"])
+    return (
+        common.table(["decoder", "us"], [[name, f"{us:.0f}"] for name, us in decoding.items()]),
+        common.table(["filter", "us", "grey levels from Pillow's bicubic"], rows),
+    )
+
+
+def _timed(functions: dict[str, Callable], inputs: list, rounds: int) -> dict[str, float]:
+    def once(function: Callable) -> float:
+        begin = time.perf_counter()
+        for value in inputs:
+            function(value)
+        return (time.perf_counter() - begin) / len(inputs) * 1e6
+
+    values = common.interleaved({name: partial(once, function) for name, function in functions.items()}, rounds)
+    return {name: median(measured) for name, measured in values.items()}
+
+
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 
@@ -282,6 +352,7 @@ def main() -> None:
     parser.add_argument(
         "--only", metavar="TEXT", help="only loaders with TEXT in their name, beside ours and the limit"
     )
+    parser.add_argument("--parts", action="store_true", help="instead: the decoders and the filters one could choose")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -297,6 +368,10 @@ def main() -> None:
     big = big_pictures(unique)
     kinds = {"640 x 480": big, "packed, short side 288": [packed_bytes(p, resize=288, quality=92)[0] for p in big]}
     for kind, pictures in kinds.items():
+        size = f"{sum(map(len, pictures)) / unique / 1000:.0f} kB"
+        if args.parts:
+            print(f"\n{kind} ({size}), {common.rounds_said(rounds)}", *parts(pictures[:64], rounds), sep="\n\n")
+            continue
         with tempfile.TemporaryDirectory() as root:
             data = Data(Path(root), pictures, count)
             write(data)
@@ -306,7 +381,7 @@ def main() -> None:
                 )
                 for workers in ([1] if args.quick else args.workers)
             }
-        print(f"\n{kind} ({sum(map(len, pictures)) / unique / 1000:.0f} kB), {common.rounds_said(rounds)}\n")
+        print(f"\n{kind} ({size}), {common.rounds_said(rounds)}\n")
         print(report(measured[kind]), flush=True)
     versions = common.versions("torch", "torchvision", "timm", "webdataset", "mosaicml-streaming", "megatron-energon")
     versions |= common.versions("simplejpeg", "opencv-python-headless", "pillow")

@@ -55,20 +55,17 @@ def resized(pixels: np.ndarray, box: Box, size: int, *, antialias: bool = False)
     """The box of RGB uint8 [H, W, 3] as uint8 [size, size, 3]; the box's edges are rounded to whole pixels.
 
     Without `antialias` the filter is the cheapest that lets nothing through the gaps: cubic for enlarging, two taps a
-    side up to a shrinking by two, areas beyond. With it, Pillow's antialiased bicubic by torch's SIMD kernel, which
+    side up to a shrinking by two. Beyond, and with it, Pillow's antialiased bicubic by torch's SIMD kernel, which
     differs from Pillow only in rounding and costs about three times as much.
     """
     left, upper, right, lower = _whole_pixels(box, pixels.shape[1], pixels.shape[0])
     cut = pixels[upper:lower, left:right]
     shrinking = max(cut.shape[:2]) / size
-    if antialias and shrinking > 1:
+    if shrinking > (1 if antialias else 2):
         planes = torch.from_numpy(np.ascontiguousarray(cut)).permute(2, 0, 1)[None]
         small = torch.nn.functional.interpolate(planes, (size, size), mode="bicubic", antialias=True)
         return np.ascontiguousarray(small[0].permute(1, 2, 0).numpy())
-    if shrinking > 2:
-        method = cv2.INTER_AREA
-    else:
-        method = cv2.INTER_LINEAR if shrinking > 1.25 else cv2.INTER_CUBIC
+    method = cv2.INTER_LINEAR if shrinking > 1.25 else cv2.INTER_CUBIC
     return cv2.resize(cut, (size, size), interpolation=method)
 
 

@@ -44,10 +44,11 @@ from torchvision.datasets import ImageFolder
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 
-from mlc.data.dataset import TrainDataset, open_split
+from mlc.data.dataset import TrainDataset
 from mlc.data.decode import resized
 from mlc.data.loader import load, plan_batches, train_positions
 from mlc.data.order import Draws
+from mlc.data.sources import open_split
 from mlc.data.transforms import TrainTransform, random_box
 from shards.dataset import load_dataset
 from shards.image import packed_bytes
@@ -126,7 +127,7 @@ def write(data: Data) -> None:
 
 def ours(data: Data, workers: int, aa: str = "") -> Iterable:
     index = open_split(load_dataset(data.shards), "train")
-    return _streamed(TrainDataset(index, TrainTransform(size=SIZE, aa=aa), seed=0), workers)
+    return _streamed(TrainDataset.of(index, TrainTransform(size=SIZE, aa=aa), seed=0), workers)
 
 
 def _streamed(dataset, workers: int) -> Iterable:
@@ -143,7 +144,7 @@ class Decoding:
     def __getitems__(self, positions):
         for p in positions:
             simplejpeg.decode_jpeg(self.pictures[p % len(self.pictures)], "RGB")
-        return torch.zeros(1)
+        return {"image": torch.zeros(1)}
 
 
 def decoding(data: Data, workers: int) -> Iterable:

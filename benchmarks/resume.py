@@ -28,8 +28,9 @@ from loader import TORCHVISION, Data, big_pictures, write
 from torch.utils.data import DataLoader, RandomSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from mlc.data.dataset import TrainDataset, open_split
+from mlc.data.dataset import TrainDataset
 from mlc.data.loader import load, plan_batches, train_positions
+from mlc.data.sources import open_split
 from mlc.data.transforms import TrainTransform
 from shards.dataset import load_dataset
 from shards.image import packed_bytes
@@ -50,7 +51,7 @@ class Candidate:
 
 
 def stream(data: Data) -> TrainDataset:
-    return TrainDataset(open_split(load_dataset(data.shards), "train"), TrainTransform(size=SIZE), seed=0)
+    return TrainDataset.of(open_split(load_dataset(data.shards), "train"), TrainTransform(size=SIZE), seed=0)
 
 
 class ByNumber:

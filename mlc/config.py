@@ -15,16 +15,34 @@ from shards.console import UserError
 @dataclass(kw_only=True)
 class Config:
     # ---- Data ----
-    data: str = ""
-    """folder made by `mlc pack` or `mlc index`"""
+    data: list[str] = field(default_factory=list)
+    """folder made by `mlc pack` or `mlc index`, or its http(s)://, s3:// or hf:// URL; may be repeated, with shares:
+    --data A --data B:0.3 draws 30 % of the samples from B"""
     train_split: str = "train"
     """split to train on"""
     val_split: str = "val"
-    """split to evaluate on while training; '' for none"""
+    """split of the first --data to evaluate on while training; '' for none"""
+    fold: int | None = None
+    """validate on this fold of the training split and train on the others (`mlc pack --folds`)"""
+    where: str = ""
+    """train on the rows for which this is true: fold != 0 and (n_labels > 1 or "cat" in labels)"""
+    drop_rows: str = ""
+    """file of image ids or keys not to train on: a CSV with a column ImageID, or one a line"""
+    sampler: str = "uniform"
+    """how often each sample comes: `uniform` once an epoch; `log-freq`, `sqrt-freq`, `class-balanced`: a class is drawn
+    first, by log(1 + n), sqrt(n) or 1 of its n samples; `weights:weight`: by that column of the index"""
+    oversample: list[str] = field(default_factory=list)
+    """CLASS=K: the samples of this class come K times an epoch; may be repeated"""
+    shuffle: str = "global"
+    """`global`, or `block:N`: reads stay inside 8 blocks of N neighbouring samples at a time, for shards far away"""
     workers: int = 4
     """processes that decode images, per device; 0 decodes in the training process"""
     check_crc: bool = True
     """compare each image with its crc32 when it is read"""
+    cache_dir: str = ""
+    """keep whole shards of a URL or a slow disk here; without it images of a URL are read by range requests"""
+    cache_gb: float = 100.0
+    """size of --cache-dir in GB; the longest unused shards make room"""
     max_bad_samples: int = 10
     """samples that may be unreadable in a run (and as many in an evaluation) before it stops; each is named in the log,
     its place in training taken by a neighbour"""
@@ -118,10 +136,11 @@ class Config:
     """temperature of the distillation"""
 
     # ---- Augmentation ----
-    crop: Literal["rrc", "squish", "center"] = "rrc"
-    """training crop: random resized crop, the whole image squeezed, or the centre square"""
-    val_crop: Literal["squish", "center"] = "squish"
-    """crop in evaluation and prediction"""
+    crop: str = "rrc"
+    """training crop: `rrc` random resized crop; `squish` the whole image squeezed; `center` the centre square; `pad`
+    the whole image between borders; `if-needed:2` a random window where a side exceeds 2 x the size, then squeezed"""
+    val_crop: str = "squish"
+    """crop in evaluation and prediction: `squish`, `center`, `pad`, or `if-needed:2` with the middle window"""
     crop_pct: float = 1.0
     """`--val-crop center`: side of the crop as a share of the short side"""
     scale: tuple[float, float] = (0.08, 1.0)
@@ -184,7 +203,7 @@ def _impossible(c: Config) -> Iterator[str]:
     for name in ("hflip", "vflip", "reprob", "mixup_prob", "kd_alpha", "smoothing", "drop", "drop_path", "threshold"):
         if not 0 <= getattr(c, name) <= 1:
             yield f"{flag(name)} must be in [0, 1], not {getattr(c, name)}"
-    for name in ("epochs", "lr", "kd_temp", "opt_eps", "crop_pct"):
+    for name in ("epochs", "lr", "kd_temp", "opt_eps", "crop_pct", "cache_gb"):
         if not getattr(c, name) > 0:
             yield f"{flag(name)} must be above 0, not {getattr(c, name)}"
     for name in ("workers", "max_bad_samples", "mixup", "weight_decay", "warmup_lr", "min_lr"):

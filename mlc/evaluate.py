@@ -7,24 +7,21 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mlc.data.dataset import BadSamples, open_split
-from mlc.data.reader import TarReader
+from mlc.data.dataset import BadSamples
 from mlc.inference import tta_views
 from mlc.metrics import multilabel, thresholds
 from mlc.models.export import load_exported
 from mlc.parallel import launch
-from mlc.predict import add_compute_flags, predict, weights_folder, write_probabilities
+from mlc.predict import add_compute_flags, add_data_flags, open_rows, predict, weights_folder, write_probabilities
 from mlc.report.plots import contact_sheet
 from shards.console import Parser, UserError, say
-from shards.dataset import load_dataset
 
 
 @launch.peers()
 def main(argv: list[str] | None = None) -> None:
     options = _parser().parse_args(argv)
     views = tta_views(options.tta)
-    dataset = load_dataset(options.data)
-    index = open_split(dataset, options.split, labelled=True)
+    dataset, reader, rows = open_rows(options, labelled=True)
     accelerator = launch.start(options.amp_dtype)
     weights = weights_folder(options.run, options.weights)
     model, info = load_exported(weights)
@@ -33,11 +30,11 @@ def main(argv: list[str] | None = None) -> None:
             f"{options.data} has other classes than the run {options.run}; evaluate on the data it was trained for"
         )
 
-    reader = TarReader(index)
     scores, seen = predict(
         model.to(accelerator.device),
         info,
         reader,
+        rows,
         accelerator,
         batch_size=options.batch_size,
         workers=options.workers,
@@ -47,13 +44,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     if accelerator.is_main_process:
         rule = thresholds.load(weights / "thresholds.json")
-        rows = np.flatnonzero(seen)
-        results = score(scores[rows], index.targets(rows) > 0.5, dataset, rule)
+        scores, rows = scores[seen], rows[seen]
+        results = score(scores, reader.index.targets(rows) > 0.5, dataset, rule)
         folder = Path(options.run) / "predictions"
-        ids = [index.image_id(row) for row in rows]
-        write_probabilities(folder / f"{options.split}.csv", ids, dataset.classes, scores[rows])
+        ids = [reader.image_id(row) for row in rows]
+        write_probabilities(folder / f"{options.split}.csv", ids, dataset.classes, scores)
         predicted = thresholds.apply(scores, rule)
-        contact_sheet(folder / f"{options.split}.png", reader, predicted, dataset.classes, rows=rows.tolist())
+        contact_sheet(folder / f"{options.split}.png", reader, rows, predicted, dataset.classes)
         (folder / f"{options.split}.json").write_text(json.dumps(results, indent=1) + "\n")
         if options.json:
             print(json.dumps(results))
@@ -95,8 +92,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--weights", choices=("best", "last"), default="best", help="which weights of the run (default: best)"
     )
-    parser.add_argument("--data", required=True, help="packed data set")
+    parser.add_argument("--data", required=True, help="packed data set: a folder or a URL")
     parser.add_argument("--split", default="val", help="split of --data (default: val)")
+    add_data_flags(parser)
     parser.add_argument("--tta", default="", help="views to average, comma-separated: hflip, scale")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     add_compute_flags(parser)

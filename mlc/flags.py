@@ -81,6 +81,8 @@ def convert(value: Any, kind: Any) -> Any:
         if not isinstance(value, (list, tuple)) or len(value) != len(members):
             raise ValueError(f"expected {len(members)} numbers, not {value!r}")
         return tuple(convert(v, k) for v, k in zip(value, members, strict=True))
+    if typing.get_origin(kind) is list:
+        return [convert(v, typing.get_args(kind)[0]) for v in (value if isinstance(value, list) else [value])]
     if typing.get_origin(kind) is dict:
         if not isinstance(value, dict):
             raise ValueError(f"expected `name: value` pairs, not {value!r}")
@@ -150,6 +152,8 @@ def _add_flag(section, name: str, kind: Any, text: str) -> None:
         section.add_argument(
             *names, nargs=len(typing.get_args(kind)), type=float, metavar=metavar, action=_AsTuple, help=text
         )
+    elif typing.get_origin(kind) is list:
+        section.add_argument(*names, action="append", metavar=metavar, help=text)
     elif typing.get_origin(kind) is dict:
         section.add_argument(*names, nargs="+", type=_key_value, action=_AsDict, metavar="K=V", help=text)
     elif typing.get_origin(kind) is Literal:

@@ -64,7 +64,8 @@ def logits_of_rows(
     views: Sequence[View] = (lambda image: image,),
     title: str = "",
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields (row int64 [M], logits float32 [M, models, views, C]) on every process: together all rows, each once.
+    """Yields (row int64 [M], logits float32 [M, models, views, C]) on every process: together all rows of
+    `dataset`, each once.
 
     Rows whose image cannot be read do not come; `bad` counts them on all processes alike, and the first process names
     them. All models see all views of an image that is decoded once. They are left in the mode they were in.
@@ -73,7 +74,7 @@ def logits_of_rows(
     for model in models:
         model.eval()
     rank, world = accelerator.process_index, accelerator.num_processes
-    blocks = list(eval_blocks(len(dataset.reader), batch_size, world, rank))
+    blocks = list(eval_blocks(dataset.rows, batch_size, world, rank))
     batches = Waiting(load(dataset, blocks, workers=workers, device=accelerator.device), accelerator.device)
     with progress(title, len(blocks), enabled=bool(title) and accelerator.is_main_process) as advance:
         for batch in batches:

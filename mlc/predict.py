@@ -11,15 +11,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mlc.data.dataset import BadSamples, EvalDataset, open_split
+from mlc.data.dataset import BadSamples, EvalDataset
+from mlc.data.filters import select_rows
 from mlc.data.reader import FolderReader, TarReader
+from mlc.data.remote import open_reader
+from mlc.data.sources import open_split
 from mlc.data.transforms import EvalTransform
 from mlc.inference import logits_of_rows, probabilities, tta_views
 from mlc.metrics import thresholds
-from mlc.models.export import load_exported
+from mlc.models.export import exported_crop, load_exported
 from mlc.parallel import launch
 from shards.console import Parser, UserError, say
-from shards.dataset import load_dataset
+from shards.dataset import Dataset, load_dataset
 
 
 @launch.peers()
@@ -37,13 +40,14 @@ def main(argv: list[str] | None = None) -> None:
     # ---- Model and data
     model, info = load_exported(weights_folder(options.run, options.weights))
     classes = info["label_names"]
-    reader, name = _open(options, classes)
+    reader, rows, name = _open(options, classes)
 
     # ---- Predict
     scores, seen = predict(
         model.to(accelerator.device),
         info,
         reader,
+        rows,
         accelerator,
         batch_size=options.batch_size,
         workers=options.workers,
@@ -57,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         folder = Path(options.out) if options.out else Path(options.run) / "predictions"
         rule = _rule(options)
-        ids = [reader.image_id(row) for row in range(len(reader))]
+        ids = [reader.image_id(row) for row in rows]
         write_probabilities(folder / f"{name}.csv", ids, classes, scores)
         write_submission(folder / "submission.csv", ids, classes, thresholds.apply(scores, rule))
         if bad := (~seen).sum():
@@ -70,20 +74,25 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def predict(
-    model, info, reader, accelerator, *, batch_size, workers, views, bad, title=""
+    model, info, reader, rows, accelerator, *, batch_size, workers, views, bad, title=""
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(probabilities float32 [N, C] averaged over the views, seen bool [N]), the same on every process.
+    """(probabilities float32 [N, C] of the rows int64 [N], averaged over the views, seen bool [N]), the same on every
+    process.
 
     Rows whose image could not be read are counted in `bad`, not seen, and NaN.
     """
     config = info["pretrained_cfg"]
-    crop = "squish" if config["crop_mode"] == "squash" else "center"
-    transform = EvalTransform(size=config["input_size"][-1], crop=crop, crop_pct=config["crop_pct"])
-    seen = np.zeros(len(reader), bool)
-    scores = np.full((len(reader), len(info["label_names"])), np.nan, np.float32)
-    for rows, logits in logits_of_rows(
+    transform = EvalTransform(
+        size=config["input_size"][-1],
+        crop=exported_crop(info),
+        crop_pct=config["crop_pct"],
+        mean=tuple(config["mean"]),
+    )
+    seen = np.zeros(len(rows), bool)
+    scores = np.full((len(rows), len(info["label_names"])), np.nan, np.float32)
+    for found, logits in logits_of_rows(
         [model],
-        EvalDataset(reader, transform),
+        EvalDataset(reader, transform, rows),
         accelerator,
         batch_size=batch_size,
         workers=workers,
@@ -93,14 +102,15 @@ def predict(
         views=views,
         title=title,
     ):
-        assert not seen[rows].any(), "a row was predicted twice"
-        seen[rows] = True
-        scores[rows] = probabilities(logits[:, 0])
+        place = np.searchsorted(rows, found)
+        assert not seen[place].any(), "a row was predicted twice"
+        seen[place] = True
+        scores[place] = probabilities(logits[:, 0])
     missing = np.isnan(scores).any(axis=1) & seen
     if missing.any():
         raise UserError(
-            f"{reader.name(int(missing.argmax()))}: the model's output is not a number ({missing.sum()} samples); "
-            f"try --amp-dtype none"
+            f"{reader.name(int(rows[missing.argmax()]))}: the model's output is not a number ({missing.sum()} samples)"
+            "; try --amp-dtype none"
         )
     return scores, seen
 
@@ -117,13 +127,25 @@ def weights_folder(run: str, which: str = "best") -> Path:
     return folder / which
 
 
-def _open(options, classes: Sequence[str]):
+def _open(options, classes: Sequence[str]) -> tuple[TarReader | FolderReader, np.ndarray, str]:
     if options.images:
-        return FolderReader(options.images), Path(options.images).resolve().name
-    dataset = load_dataset(options.data)
+        if options.where or options.fold is not None:
+            raise UserError("--fold and --where choose rows of --data; --images has none")
+        reader = FolderReader(options.images)
+        return reader, np.arange(len(reader)), Path(options.images).resolve().name
+    dataset, reader, rows = open_rows(options)
     if list(dataset.classes) != list(classes):
         say(f"note: {options.data} has other classes than the run; the columns are the run's")
-    return TarReader(open_split(dataset, options.split)), options.split
+    return reader, rows, options.split
+
+
+def open_rows(options, *, labelled: bool = False) -> tuple[Dataset, TarReader, np.ndarray]:
+    """What `--data --split --fold --where` choose: row numbers int64 [N], ascending, and their reader."""
+    dataset = load_dataset(options.data, cache_dir=options.cache_dir)
+    index = open_split(dataset, options.split, labelled=labelled)
+    rows = select_rows(index, dataset.classes, where=options.where, fold=options.fold)
+    reader = open_reader(index, cache_dir=options.cache_dir, cache_gb=options.cache_gb)
+    return dataset, reader, np.arange(len(index)) if rows is None else rows
 
 
 def _rule(options) -> dict:
@@ -169,8 +191,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--weights", choices=("best", "last"), default="best", help="which weights of the run (default: best)"
     )
-    parser.add_argument("--data", help="packed data set")
+    parser.add_argument("--data", help="packed data set: a folder or a URL")
     parser.add_argument("--split", default="test", help="split of --data (default: test)")
+    add_data_flags(parser)
     parser.add_argument("--images", help="folder of images that nobody packed, instead of --data")
     parser.add_argument(
         "--tta",
@@ -183,6 +206,17 @@ def _parser() -> Parser:
     parser.add_argument("--out", help="folder of the output (default: predictions/ in the run)")
     add_compute_flags(parser)
     return parser
+
+
+def add_data_flags(parser: Parser) -> None:
+    parser.add_argument("--fold", type=int, help="only the rows of this fold")
+    parser.add_argument(
+        "--where", default="", help='only the rows for which this is true: n_labels > 1, "cat" in labels'
+    )
+    parser.add_argument("--cache-dir", default="", help="keep whole shards of a URL or a slow disk here")
+    parser.add_argument(
+        "--cache-gb", type=float, default=100.0, help="size of --cache-dir; the longest unused shards make room (100)"
+    )
 
 
 def add_compute_flags(parser: Parser) -> None:

@@ -7,6 +7,7 @@ import secrets
 import sys
 import time
 import zlib
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -156,8 +157,9 @@ def memory_gb(device: torch.device) -> float:
 class SampleLog:
     """`--log-samples`: which images, seen how, made each step; one JSON line per step on rank 0."""
 
-    def __init__(self, path: Path, index: Index, accelerator: Accelerator, *, resumed_step: int):
-        self._index, self._accelerator, self._rows = index, accelerator, []
+    def __init__(self, path: Path, indexes: Sequence[Index], accelerator: Accelerator, *, resumed_step: int):
+        """`indexes`: one for each data set, as `source` of a batch counts them."""
+        self._indexes, self._accelerator, self._rows = indexes, accelerator, []
         self._file = None
         if accelerator.is_main_process:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,27 +172,30 @@ class SampleLog:
             self._file.writelines(line + "\n" for line in kept)
 
     def add(self, batch: Batch, lam: torch.Tensor | None) -> None:
-        """Takes one micro-batch: position, row, crc32 of the augmented uint8 image, own share of the mix."""
+        """Takes one micro-batch: position, data set, row, crc32 of the augmented uint8 image, own share of the mix."""
         image = batch["image"].cpu().numpy()
         shares = [1.0] * len(image) if lam is None else lam.tolist()
         crcs = [zlib.crc32(np.ascontiguousarray(pixels)) for pixels in image]
-        self._rows += zip(batch["position"].tolist(), batch["row"].tolist(), crcs, shares, strict=True)
+        columns = (batch[name].tolist() for name in ("position", "source", "row"))
+        self._rows += zip(*columns, crcs, shares, strict=True)
 
     def write(self, step: int) -> None:
         rows = sorted(gather_object(self._rows))
         self._rows = []
         if self._file:
-            keys = {position: self._index.key(row) for position, row, _, _ in rows}
-            partners = [keys[position ^ 1] if share < 1 else None for position, _, _, share in rows]
+            keys = {position: self._indexes[source].key(row) for position, source, row, _, _ in rows}
+            partners = [keys[row[0] ^ 1] if row[-1] < 1 else None for row in rows]
+            sources = {"data": [row[1] for row in rows]} if len(self._indexes) > 1 else {}
             self._file.write(
                 json.dumps(
                     {
                         "step": step,
                         "first_position": rows[0][0],
+                        **sources,
                         "keys": list(keys.values()),
-                        "crc32": [row[2] for row in rows],
+                        "crc32": [row[-2] for row in rows],
                         "partner": partners,
-                        "lambda": [round(row[3], 7) for row in rows],
+                        "lambda": [round(row[-1], 7) for row in rows],
                     }
                 )
                 + "\n"

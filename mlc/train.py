@@ -19,12 +19,13 @@ from accelerate.utils import gather_object
 
 from mlc.clock import Clock
 from mlc.config import Config
-from mlc.data.dataset import BadSamples, Batch, EvalDataset, TrainDataset, open_split
+from mlc.data.dataset import BadSamples, Batch, EvalDataset, TrainDataset
 from mlc.data.loader import Waiting, load, plan_batches, train_positions
 from mlc.data.mixing import mix_lambda, mixup
 from mlc.data.order import DROPOUT, hash64
 from mlc.data.reader import TarReader
-from mlc.data.transforms import EvalTransform, TrainTransform, build_aa, erase, normalize
+from mlc.data.sources import Sources, open_sources, open_validation
+from mlc.data.transforms import EvalTransform, TrainTransform, build_aa, erase, normalize, parse_crop
 from mlc.flags import read_config
 from mlc.inference import logits_of_rows, probabilities
 from mlc.metrics import multilabel, thresholds
@@ -40,7 +41,7 @@ from mlc.parallel import checkpoint, launch
 from mlc.parallel.preempt import StopFlag
 from mlc.runlog import Meter, RunLog, SampleLog, evaluation_line, memory_gb, training_line
 from shards.console import UserError
-from shards.dataset import Dataset, Index, load_dataset
+from shards.dataset import Dataset
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # logits [B, C], target [B, C] -> [B, C]
 
@@ -60,13 +61,11 @@ def train(config: Config) -> int:
         raise UserError(f"{folder} holds a run already; --resume auto goes on with it, or choose another --experiment")
 
     # ---- Data --------------------------------------------------------------------------------------------------------
-    if not config.data:
-        raise UserError("--data DIR is missing: the folder that `mlc pack` made")
-    dataset = load_dataset(config.data)
-    train_index = open_split(dataset, config.train_split, labelled=True)
-    val_index = open_split(dataset, config.val_split, labelled=True) if config.val_split else None
+    sources = open_sources(config)
+    dataset, sampler = sources.dataset, sources.sampler
+    validation = open_validation(config, dataset)
     plan = plan_batches(config.global_batch_size, config.batch_size, world, pairs=config.mixup > 0)
-    clock = Clock(config, len(train_index), plan.global_batch)
+    clock = Clock(config, sampler.epoch_samples, plan.global_batch)
     refuse_unknown_metric(config, dataset)
 
     # ---- Model -------------------------------------------------------------------------------------------------------
@@ -84,7 +83,8 @@ def train(config: Config) -> int:
         grad_checkpointing=config.grad_checkpointing,
     )
     if config.head_bias == "prior":
-        init_head_bias(model, (train_index.class_counts() + 1) / (len(train_index) + 2))
+        samples = sampler.epoch_samples
+        init_head_bias(model, (sampler.expected_frequencies() * samples + 1) / (samples + 2))
     mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
     transform = train_transform(config, mean)
     bare = model.to(device)  # what is averaged, evaluated and saved; `model` may get wrappers
@@ -109,7 +109,7 @@ def train(config: Config) -> int:
     progress = {"step": 0, "samples_seen": 0, "best": None, "best_step": None, "bad": {}}
     if resume_from:
         meta = checkpoint.read_meta(resume_from)
-        refuse_another_run(meta, config, dataset, resume_from)
+        refuse_another_run(meta, config, data_identity(sources), resume_from)
         checkpoint.load(resume_from, **saved)
         progress = meta["progress"]
     step, samples_seen = progress["step"], progress["samples_seen"]
@@ -119,8 +119,11 @@ def train(config: Config) -> int:
     parameters = sum(p.numel() for p in bare.parameters()) / 1e6
     log.say(f"{config.model} at {config.img_size} px, {parameters:.1f} M parameters, on {device.type}")
     log.say(
-        f"{len(train_index)} training samples, {len(dataset.classes)} classes; autocast {accelerator.mixed_precision}"
+        f"{sampler.epoch_samples} training samples an epoch, {len(dataset.classes)} classes; autocast "
+        f"{accelerator.mixed_precision}"
     )
+    for text in sources.describe():
+        log.say(text)
     log.say(f"{plan}; {clock.steps} steps = {clock.epoch(clock.total):.2f} epochs")
     if resume_from:
         log.say(f"resumed from {resume_from}: step {step}, {samples_seen} samples seen")
@@ -129,7 +132,9 @@ def train(config: Config) -> int:
         return 0
     sample_log = None
     if config.log_samples:
-        sample_log = SampleLog(Path(config.log_samples), train_index, accelerator, resumed_step=step)
+        sample_log = SampleLog(
+            Path(config.log_samples), [rows.index for rows in sampler.sources], accelerator, resumed_step=step
+        )
     bad, val_bad = BadSamples(config.max_bad_samples, progress["bad"]), BadSamples(config.max_bad_samples)
     stop = StopFlag(folder, watches_file=accelerator.is_main_process)
 
@@ -137,7 +142,7 @@ def train(config: Config) -> int:
     def evaluate_and_keep_best() -> None:
         launch.same_buffers(bare, averaged)
         weights = {"val": bare} | ({"val_ema": averaged} if ema else {})
-        results = evaluate(weights, val_index, config, dataset, accelerator, loss_fn, mean, std, val_bad)
+        results = evaluate(weights, *validation, config, dataset, accelerator, loss_fn, mean, std, val_bad)
         values = {f"{name}/{key}": value for name, result in results.items() for key, value in result.items()}
         log.write(step=step, samples_seen=samples_seen, epoch=clock.epoch(samples_seen), **values)
         for name, result in results.items():
@@ -162,9 +167,9 @@ def train(config: Config) -> int:
             img_size=config.img_size,
             mean=mean,
             std=std,
-            crop_mode="squash" if config.val_crop == "squish" else "center",
+            crop=config.val_crop,
             crop_pct=config.crop_pct,
-            extra={"step": step, "data": dataset.fingerprint},
+            extra={"step": step, "data": sources.fingerprint},
         )
         threshold, value = (result["threshold"], result["f1_samples@tuned"]) if result else (config.threshold, math.nan)
         thresholds.save(folder / which / "thresholds.json", metric="f1_samples", threshold=threshold, value=value)
@@ -175,7 +180,7 @@ def train(config: Config) -> int:
         meta = {
             "progress": progress,
             "config": vars(config),
-            "data": dataset.fingerprint,
+            "data": data_identity(sources),
             "classes": dataset.classes,
             "global_batch": plan.global_batch,
             "world_size": world,
@@ -186,9 +191,7 @@ def train(config: Config) -> int:
             checkpoint.prune(folder / "checkpoints", config.checkpoint_hist)
 
     # ---- Loop --------------------------------------------------------------------------------------------------------
-    stream = TrainDataset(
-        train_index, transform, config.seed, max_bad=config.max_bad_samples, check_crc=config.check_crc
-    )
+    stream = TrainDataset(sampler, sources.readers, transform, config.seed, max_bad=config.max_bad_samples)
     positions = train_positions(samples_seen, clock.total, plan, rank)
     batches = Waiting(load(stream, positions, workers=config.workers, device=device), device)
     elements = plan.global_batch * len(dataset.classes)  # the loss is a sum, divided once by the whole step's count
@@ -216,6 +219,7 @@ def train(config: Config) -> int:
                     loss = combine(loss, distill_loss(logits, teacher_logits, config.kd_temp), config.kd_alpha)
                 loss = loss.sum() / elements
                 accelerator.backward(loss * world)  # DDP takes the mean over ranks of what should be a sum
+            batches.prepare()
             step_loss += loss.detach()
             if sample_log:
                 sample_log.add(batch, lam)
@@ -268,9 +272,9 @@ def train(config: Config) -> int:
             interval_loss.zero_()
             interval_steps = 0
         with meter.paused():
-            if val_index is not None and (at_end or clock.passed("eval_every", samples_seen)):
+            if validation and (at_end or clock.passed("eval_every", samples_seen)):
                 evaluate_and_keep_best()
-            if val_index is None and at_end:
+            if not validation and at_end:
                 keep("last", averaged or bare, None)
             if saving:
                 save_checkpoint()
@@ -290,11 +294,15 @@ def train(config: Config) -> int:
 # ---- its steps -------------------------------------------------------------------------------------------------------
 
 
-def refuse_another_run(meta: dict[str, Any], config: Config, dataset: Dataset, path: Path) -> None:
+def data_identity(sources: Sources) -> dict[str, str]:
+    """What must be the same for the stream of samples to go on: the data, and which of it comes how often."""
+    return {"data set": sources.fingerprint, "samples": sources.sampler.fingerprint}
+
+
+def refuse_another_run(meta: dict[str, Any], config: Config, data: dict[str, str], path: Path) -> None:
     """Raises UserError when a checkpoint cannot be gone on from exactly, naming both values."""
-    then = meta["config"] | {"data set": meta["data"]}
-    now = vars(config) | {"data set": dataset.fingerprint}
-    for name in ("data set", "seed", "model", "img_size", "head", "model_kwargs", "model_ema"):
+    then, now = meta["config"] | meta["data"], vars(config) | data
+    for name in (*data, "seed", "model", "img_size", "head", "model_kwargs", "model_ema"):
         if then[name] != now[name]:
             raise UserError(
                 f"{path} was made with another {name}: {then[name]} then, {now[name]} now; use the same one"
@@ -304,6 +312,10 @@ def refuse_another_run(meta: dict[str, Any], config: Config, dataset: Dataset, p
 def train_transform(config: Config, mean: Sequence[float]) -> TrainTransform:
     if config.aa:
         build_aa(config.aa, config.img_size, tuple(mean))  # a policy that timm does not know is refused here
+    for crop in (config.crop, config.val_crop):
+        parse_crop(crop)
+    if config.val_crop == "rrc":
+        raise UserError("--val-crop rrc is random; use squish, center, pad or if-needed:2")
     names = ("scale", "ratio", "hflip", "vflip", "aa", "crop")
     return TrainTransform(size=config.img_size, mean=tuple(mean), **{name: getattr(config, name) for name in names})
 
@@ -323,7 +335,8 @@ def prepare(
 
 def evaluate(
     models: dict[str, torch.nn.Module],
-    index: Index,
+    reader: TarReader,
+    rows: np.ndarray,
     config: Config,
     dataset: Dataset,
     accelerator: Accelerator,
@@ -332,16 +345,16 @@ def evaluate(
     std: Sequence[float],
     bad: BadSamples,
 ) -> dict[str, dict[str, float]]:
-    """Exact metrics of one split, {model: {metric: value}}, the same on every rank; images are decoded once.
+    """Exact metrics of some rows of a split, {model: {metric: value}}, the same on every rank; images are decoded once.
 
     Images that cannot be read are named, counted in `bad` and left out.
     """
-    logits = np.empty((len(models), len(index), len(dataset.classes)), np.float32)
-    seen = np.zeros(len(index), bool)
-    transform = EvalTransform(size=config.img_size, crop=config.val_crop, crop_pct=config.crop_pct)
-    for rows, values in logits_of_rows(
+    logits = np.empty((len(models), len(rows), len(dataset.classes)), np.float32)
+    seen = np.zeros(len(rows), bool)
+    transform = EvalTransform(size=config.img_size, crop=config.val_crop, crop_pct=config.crop_pct, mean=tuple(mean))
+    for found, values in logits_of_rows(
         list(models.values()),
-        EvalDataset(TarReader(index, check_crc=config.check_crc), transform),
+        EvalDataset(reader, transform, rows),
         accelerator,
         batch_size=config.validation_batch_size or config.batch_size,
         workers=min(config.workers, 2),
@@ -349,9 +362,10 @@ def evaluate(
         std=std,
         bad=bad,
     ):
-        logits[:, rows] = values[:, :, 0].swapaxes(0, 1)
-        seen[rows] = True
-    target = index.targets(np.flatnonzero(seen))
+        place = np.searchsorted(rows, found)
+        logits[:, place] = values[:, :, 0].swapaxes(0, 1)
+        seen[place] = True
+    target = reader.index.targets(rows[seen])
     results = {}
     for name, own in zip(models, logits[:, seen], strict=True):
         loss = loss_fn(torch.from_numpy(own), torch.from_numpy(target)).double().mean().item()

@@ -10,8 +10,9 @@ from conftest import TINY, log_of
 
 from mlc import train
 from mlc.config import Config
-from mlc.data.dataset import TrainDataset, open_split
+from mlc.data.dataset import TrainDataset
 from mlc.data.order import DROPOUT, hash64
+from mlc.data.sources import open_split
 from mlc.flags import read_config
 from mlc.models.build import build_model
 from mlc.models.teacher import Teacher
@@ -30,7 +31,7 @@ def argv(shards: Path, folder: Path, *more: str) -> list[str]:
 
 def first_batch(config: Config):
     """(image, target) of step 1 and the student that sees it, by the parts the story is made of."""
-    dataset = load_dataset(config.data)
+    dataset = load_dataset(config.data[0])
     launch.seed_everything(config.seed)
     names = ("img_size", "head", "drop_path", "model_kwargs")
     model = build_model(
@@ -38,7 +39,9 @@ def first_batch(config: Config):
     ).train()
     mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
     index = open_split(dataset, "train")
-    batch = TrainDataset(index, train.train_transform(config, mean), config.seed).__getitems__(range(config.batch_size))
+    batch = TrainDataset.of(index, train.train_transform(config, mean), config.seed).__getitems__(
+        range(config.batch_size)
+    )
     image, target, _ = train.prepare(batch, config, mean, std, mixing=True)
     launch.seed_everything(int(hash64(config.seed, DROPOUT, 0, 0, 0)[0]) >> 1)
     return model, image, target, (mean, std)
@@ -67,7 +70,7 @@ def test_distillation_from_a_run(shards, tmp_path):
     assert train.main(args) == 0
     config = read_config(args)
     model, image, _, (mean, std) = first_batch(config)
-    classes = load_dataset(config.data).classes
+    classes = load_dataset(config.data[0]).classes
     teacher = Teacher(folder, classes=classes, device=torch.device("cpu"), mean=mean, std=std)
     value = distill_loss(model(image), teacher(image), 3.0).mean().item()
     assert log_of(tmp_path / "run")[0]["train/loss"] == pytest.approx(value, rel=1e-4)

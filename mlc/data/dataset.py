@@ -5,19 +5,23 @@ position of the stream that can be read: as pure a function of the position as t
 which rank or worker met the damage. In evaluation it is marked as not valid.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
+from torch.utils.data import get_worker_info
 
-from mlc.data.order import AUGMENT, Draws, locate
-from mlc.data.reader import FolderReader, TarReader, check_shards
+from mlc.data.order import AUGMENT, Draws
+from mlc.data.reader import FolderReader, TarReader
+from mlc.data.sampler import Sampler, plain
 from mlc.data.transforms import EvalTransform, TrainTransform
 from shards.console import UserError, listed
-from shards.dataset import Dataset, Index, open_index
+from shards.dataset import Index
 from shards.image import BadImage
 
 Batch = dict[str, torch.Tensor]
+PREFETCH = 4  # batches that each worker makes ahead
 TRIES = 1000  # positions looked at for a neighbour; fewer rows than that, all bad, are no data set
 
 
@@ -30,47 +34,73 @@ class TrainDataset:
     """
 
     def __init__(
-        self, index: Index, transform: TrainTransform, seed: int, *, max_bad: int = 10, check_crc: bool = True
+        self,
+        sampler: Sampler,
+        readers: Sequence[TarReader],
+        transform: TrainTransform,
+        seed: int,
+        *,
+        max_bad: int = 10,
     ):
-        self.reader, self.transform, self.seed = TarReader(index, check_crc=check_crc), transform, seed
+        """`readers`: one for each data set of the sampler."""
+        self.sampler, self.readers, self.transform, self.seed = sampler, list(readers), transform, seed
         self.max_bad = max_bad
+        self._buffers = Buffers()
+
+    @classmethod
+    def of(
+        cls, index: Index, transform: TrainTransform, seed: int, *, check_crc: bool = True, max_bad: int = 10
+    ) -> "TrainDataset":
+        """All rows of one split on a local disk, in plain shuffled order."""
+        readers = [TarReader(index, check_crc=check_crc)]
+        return cls(plain(index, seed), readers, transform, seed, max_bad=max_bad)
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         position, bad = np.asarray(positions, np.int64), []
-        rows = self._rows(position)
-        image = []
+        source, rows = self.sampler.locate(position)
+        for number, reader in enumerate(self.readers):
+            reader.expect(rows[source == number].tolist())
+        image = self._buffers.take(len(rows), self.transform.size)
+        pixels = image.numpy()
         for place, p in enumerate(position.tolist()):
-            pixels, rows[place] = self._sample(p, int(rows[place]), bad)
-            image.append(pixels)
+            pixels[place], source[place], rows[place] = self._sample(p, int(source[place]), int(rows[place]), bad)
+        target = np.empty((len(rows), self.readers[0].index.num_classes), np.float32)
+        for number, reader in enumerate(self.readers):
+            own = source == number
+            target[own] = reader.index.targets(rows[own])
         return _batch(
-            np.stack(image),
+            image,
             rows,
+            source=torch.from_numpy(source),
             position=torch.from_numpy(position),
-            target=torch.from_numpy(self.reader.index.targets(rows)),
+            target=torch.from_numpy(target),
             bad=torch.tensor(bad, dtype=torch.int64),
         )
 
     def problem(self, position: int) -> tuple[str, str]:
         """(shard:key, what is wrong) of one of `bad`, found out by reading it again."""
-        row = int(self._rows(np.array([position]))[0])
-        return _problem(self.reader, row, self.transform, Draws(self.seed, AUGMENT, position))
+        source, row = self._locate(position)
+        return _problem(self.readers[source], row, self.transform, Draws(self.seed, AUGMENT, position))
 
-    def _rows(self, position: np.ndarray) -> np.ndarray:
-        return locate(position, len(self.reader), self.seed)[1]
+    def _locate(self, position: int) -> tuple[int, int]:
+        source, row = self.sampler.locate(np.array([position]))
+        return int(source[0]), int(row[0])
 
-    def _sample(self, position: int, row: int, bad: list[int]) -> tuple[np.ndarray, int]:
-        """(uint8 [H, W, 3], its row) for a position: its own sample, else the next readable one of the stream."""
+    def _sample(self, position: int, source: int, row: int, bad: list[int]) -> tuple[np.ndarray, int, int]:
+        """(uint8 [H, W, 3], its data set, its row) for a position: its own sample, else the next readable one of the
+        stream."""
         passed = set()
         for at in range(position, position + TRIES):
             if at > position:
-                row = int(self._rows(np.array([at]))[0])
+                source, row = self._locate(at)
             try:
-                return self.transform(self.reader.read(row), Draws(self.seed, AUGMENT, position)), row
+                pixels = self.transform(self.readers[source].read(row), Draws(self.seed, AUGMENT, position))
+                return pixels, source, row
             except BadImage:
                 bad.append(at)
-                passed.add(row)
+                passed.add((source, row))
                 if len(passed) > self.max_bad:
-                    return _blank(self.transform.size), row
+                    return _blank(self.transform.size), source, row
         name, reason = self.problem(position)
         raise UserError(f"no image of the training split can be read, from {name}: {reason}; try `mlc verify`")
 
@@ -78,23 +108,54 @@ class TrainDataset:
 class EvalDataset:
     """Rows -> samples in a fixed shape; `valid` is False for padding (row -1) and for an image that is bad."""
 
-    def __init__(self, reader: TarReader | FolderReader, transform: EvalTransform):
+    def __init__(self, reader: TarReader | FolderReader, transform: EvalTransform, rows: np.ndarray | None = None):
+        """`rows` int64 [n], ascending: those that take part (default: all)."""
         self.reader, self.transform = reader, transform
+        self.rows = np.arange(len(reader)) if rows is None else rows
+        self._buffers = Buffers()
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         rows = np.asarray(positions, np.int64)
-        valid, image = rows >= 0, []
+        valid, image = rows >= 0, self._buffers.take(len(rows), self.transform.size)
+        pixels = image.numpy()
+        self.reader.expect(rows[valid].tolist())
         for place, row in enumerate(rows.tolist()):
             try:
-                image.append(self.transform(self.reader.read(row)) if row >= 0 else _blank(self.transform.size))
+                pixels[place] = self.transform(self.reader.read(row)) if row >= 0 else 0
             except BadImage:
-                valid[place] = False
-                image.append(_blank(self.transform.size))
-        return _batch(np.stack(image), rows, valid=torch.from_numpy(valid))
+                valid[place], pixels[place] = False, 0
+        return _batch(image, rows, valid=torch.from_numpy(valid))
 
     def problem(self, row: int) -> tuple[str, str]:
         """(shard:key or file, what is wrong) of a row that is not valid, found out by reading it again."""
         return _problem(self.reader, row, self.transform, None)
+
+
+class Buffers:
+    """Where a worker writes its images: shared memory that is used again and again.
+
+    Fresh memory for each batch, which the kernel must first clear, would cost a fifth of the decoding. So a batch that
+    a worker made stays as it is only until `PREFETCH` + 3 more of the same worker are made: whoever reads batches in
+    order and keeps no more than three of them never sees that.
+    """
+
+    def __init__(self):
+        self._made: list[torch.Tensor] = []
+        self._turn = 0
+
+    def __getstate__(self):
+        return {"_made": [], "_turn": 0}
+
+    def take(self, count: int, size: int) -> torch.Tensor:
+        """uint8 [count, size, size, 3] with anything in it."""
+        shape = (count, size, size, 3)
+        if get_worker_info() is None:
+            return torch.empty(shape, dtype=torch.uint8)
+        if not self._made or self._made[0].shape != shape:
+            storages = (torch.UntypedStorage._new_shared(math.prod(shape)) for _ in range(PREFETCH + 3))
+            self._made = [torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape) for storage in storages]
+        self._turn = (self._turn + 1) % len(self._made)
+        return self._made[self._turn]
 
 
 class BadSamples:
@@ -135,18 +196,10 @@ def _blank(size: int) -> np.ndarray:
     return np.zeros((size, size, 3), np.uint8)
 
 
-def _batch(image: np.ndarray, rows: np.ndarray, **more: torch.Tensor) -> Batch:
-    """image [B, H, W, 3] -> the batch of DESIGN: `image` uint8 [B, 3, H, W], `row` int64 [B], `valid` bool [B]."""
+def _batch(image: torch.Tensor, rows: np.ndarray, **more: torch.Tensor) -> Batch:
+    """image [B, H, W, 3] -> the batch of DESIGN: `image` uint8 [B, 3, H, W], `row` int64 [B], `valid` bool [B].
+
+    The image keeps its memory order (channels last); whoever makes floats of it on the device turns it.
+    """
     row = torch.from_numpy(rows)
-    return {"image": torch.from_numpy(image).permute(0, 3, 1, 2).contiguous(), "row": row, "valid": row >= 0, **more}
-
-
-def open_split(dataset: Dataset, split: str, *, labelled: bool = False) -> Index:
-    """The index of a split that is not empty, whose tars are there and, where asked for, which has labels."""
-    index = open_index(dataset, split)
-    if not len(index):
-        raise UserError(f"{dataset.root}: the split {split!r} is empty")
-    if labelled and not index.has_labels:
-        raise UserError(f"{dataset.root}: the split {split!r} has no labels")
-    check_shards(dataset, split)
-    return index
+    return {"image": image.permute(0, 3, 1, 2), "row": row, "valid": row >= 0, **more}

@@ -37,22 +37,35 @@ class Header(NamedTuple):
     restarts: bool  # whether every row of blocks ends with a restart marker
 
 
-def decoded(data: bytes, size: int, choose: Callable[[tuple[int, int]], Box], *, antialias: bool = False) -> np.ndarray:
+def decoded(
+    data: bytes,
+    size: int,
+    choose: Callable[[tuple[int, int]], Box],
+    *,
+    antialias: bool = False,
+    keep_aspect: bool = False,
+) -> np.ndarray:
     """The box that `choose` picks, given the upright image's (width, height), as RGB uint8 [size, size, 3].
 
+    keep_aspect: [h, w, 3] instead, the longer of them `size`.
     antialias: the filter of `resized`, and a JPEG is decoded at a fraction of its size only where that keeps twice the
     detail, which makes the picture Pillow's; without it, where it keeps enough. Raises BadImage.
     """
     try:
-        return resized(*_pixels(data, 2 * size if antialias else size, choose), size, antialias=antialias)
+        pixels, box = _pixels(data, 2 * size if antialias else size, choose, max if keep_aspect else min)
+        return resized(pixels, box, size, antialias=antialias, keep_aspect=keep_aspect)
     except BadImage:
         raise
     except Exception as error:  # foreign bytes make the decoders raise anything
         raise BadImage(f"does not decode: {error}") from error
 
 
-def resized(pixels: np.ndarray, box: Box, size: int, *, antialias: bool = False) -> np.ndarray:
+def resized(
+    pixels: np.ndarray, box: Box, size: int, *, antialias: bool = False, keep_aspect: bool = False
+) -> np.ndarray:
     """The box of RGB uint8 [H, W, 3] as uint8 [size, size, 3]; the box's edges are rounded to whole pixels.
+
+    keep_aspect: [h, w, 3] instead, the longer of them `size`.
 
     Without `antialias` the filter is the cheapest that lets nothing through the gaps: cubic for enlarging, two taps a
     side up to a shrinking by two. Beyond, and with it, Pillow's antialiased bicubic by torch's SIMD kernel, which
@@ -60,13 +73,15 @@ def resized(pixels: np.ndarray, box: Box, size: int, *, antialias: bool = False)
     """
     left, upper, right, lower = _whole_pixels(box, pixels.shape[1], pixels.shape[0])
     cut = pixels[upper:lower, left:right]
-    shrinking = max(cut.shape[:2]) / size
+    shrinking, height, width = max(cut.shape[:2]) / size, size, size
+    if keep_aspect:
+        height, width = (max(1, round(side / shrinking)) for side in cut.shape[:2])
     if shrinking > (1 if antialias else 2):
         planes = torch.from_numpy(np.ascontiguousarray(cut)).permute(2, 0, 1)[None]
-        small = torch.nn.functional.interpolate(planes, (size, size), mode="bicubic", antialias=True)
+        small = torch.nn.functional.interpolate(planes, (height, width), mode="bicubic", antialias=True)
         return np.ascontiguousarray(small[0].permute(1, 2, 0).numpy())
     method = cv2.INTER_LINEAR if shrinking > 1.25 else cv2.INTER_CUBIC
-    return cv2.resize(cut, (size, size), interpolation=method)
+    return cv2.resize(cut, (width, height), interpolation=method)
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -76,19 +91,26 @@ def upright(image: Image.Image) -> Image.Image:
     return ImageOps.exif_transpose(image)
 
 
-def _pixels(data: bytes, enough: int, choose: Callable[[tuple[int, int]], Box]) -> tuple[np.ndarray, Box]:
-    """Upright RGB uint8 [H, W, 3], a fraction of the image's size if the box keeps `enough` pixels a side; the box."""
+def _pixels(
+    data: bytes, enough: int, choose: Callable[[tuple[int, int]], Box], side: Callable[[float, float], float]
+) -> tuple[np.ndarray, Box]:
+    """Upright RGB uint8 [H, W, 3], a fraction of the image's size if the box keeps `enough` pixels a side; the box.
+
+    side: `min` or `max`, which of the box's sides counts.
+    """
     if (header := _plain_jpeg(data)) is not None:
         box = choose((header.width, header.height) if header.turn < 5 else (header.height, header.width))
         try:
-            return _fast(data, enough, header, box)
+            return _fast(data, enough, header, box, side)
         except ValueError:  # damaged or unusual: Pillow finds out whether it can be read, and says what is wrong
-            return _careful(data, enough, lambda _: box)
-    return _careful(data, enough, choose)
+            return _careful(data, enough, lambda _: box, side)
+    return _careful(data, enough, choose, side)
 
 
-def _fast(data: bytes, enough: int, header: Header, box: Box) -> tuple[np.ndarray, Box]:
-    fraction, height = _fraction(box, enough), header.height
+def _fast(
+    data: bytes, enough: int, header: Header, box: Box, side: Callable[[float, float], float]
+) -> tuple[np.ndarray, Box]:
+    fraction, height = _fraction(box, enough, side), header.height
     if (rows := _rows_of(header, box)) and (cut := _only_rows(data, header, *rows)) is not None:
         data, height = cut, (min(rows[1] * header.unit, height) - rows[0] * header.unit)
         box = (box[0], box[1] - rows[0] * header.unit, box[2], box[3] - rows[0] * header.unit)
@@ -96,10 +118,12 @@ def _fast(data: bytes, enough: int, header: Header, box: Box) -> tuple[np.ndarra
     return TURNED[header.turn](simplejpeg.decode_jpeg(data, "RGB", **least)), _shrunk(box, fraction)
 
 
-def _careful(data: bytes, enough: int, choose: Callable[[tuple[int, int]], Box]) -> tuple[np.ndarray, Box]:
+def _careful(
+    data: bytes, enough: int, choose: Callable[[tuple[int, int]], Box], side: Callable[[float, float], float]
+) -> tuple[np.ndarray, Box]:
     image = upright(open_image(data))
     before, box = image.size, choose(image.size)
-    fraction = _fraction(box, enough)
+    fraction = _fraction(box, enough, side)
     image.draft(None, (before[0] // fraction, before[1] // fraction))  # a no-op on all but JPEG
     cut = _whole_pixels(box if image.size == before else _shrunk(box, fraction), *image.size)
     pixels = np.array(to_rgb(image.crop(cut)))
@@ -187,12 +211,12 @@ TURNED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def _fraction(box: Box, enough: int) -> int:
+def _fraction(box: Box, enough: int, side: Callable[[float, float], float] = min) -> int:
     """8, 4 or 2 where the box decoded at that fraction of its size still has `enough` pixels a side, else 1.
 
     libjpeg-turbo offers every eighth, but only these three have SIMD kernels: 5/8 takes longer than 8/8.
     """
-    spare = min(box[2] - box[0], box[3] - box[1]) / enough
+    spare = side(box[2] - box[0], box[3] - box[1]) / enough
     return next((k for k in (8, 4, 2) if spare >= k), 1)
 
 

@@ -37,14 +37,14 @@ def select_rows(
     where: str = "",
     fold: int | None = None,
     without_fold: int | None = None,
-    drop_rows: str | Path = "",
+    drop: np.ndarray | None = None,
 ) -> np.ndarray | None:
     """Row numbers int64, ascending, that pass every filter given; None where no filter is given: all rows.
 
     Args:
         where: condition such as `fold != 0 and n_labels > 1` or `"cat" in labels`.
         fold, without_fold: only the rows of this fold, or only the others.
-        drop_rows: file of image ids or keys to leave out, see `read_names`.
+        drop: bool [n], the rows to leave out, see `named`.
     Raises:
         UserError: naming the flag, where a filter is not understood or nothing is left.
     """
@@ -55,9 +55,9 @@ def select_rows(
     if where:
         given.append(f"--where {where}")
         kept &= matches(index, classes, where)
-    if drop_rows:
-        given.append(f"--drop-rows {drop_rows}")
-        kept &= ~named(index, read_names(Path(drop_rows)), drop_rows)
+    if drop is not None:
+        given.append("--drop-rows")
+        kept &= ~drop
     if not kept.any():
         raise UserError(f"{' '.join(given)}: none of the {len(index)} rows of {index.path.stem} is left")
     return np.flatnonzero(kept) if given else None
@@ -209,17 +209,12 @@ def read_names(file: Path) -> list[str]:
     return [cells[column] for cells in csv.reader(lines[1:]) if len(cells) > column and cells[column]]
 
 
-def named(index: Index, names: Sequence[str], file: str | Path) -> np.ndarray:
-    """bool [n]: the rows whose image id or key is among the names. Raises UserError where there is none at all."""
+def named(index: Index, names: Sequence[str]) -> np.ndarray:
+    """bool [n]: the rows whose image id or key is among the names."""
     wanted = pa.array(names, pa.large_string())
     found = np.zeros(len(index), bool)
     for first in range(0, len(index), CHUNK):
         batch = index.batch.slice(first, CHUNK)
         hits = [pc.is_in(batch.column(name), value_set=wanted) for name in ("image_id", "key")]
         found[first : first + CHUNK] = pc.or_(*hits).to_numpy(zero_copy_only=False)
-    if names and not found.any():
-        raise UserError(
-            f"--drop-rows {file}: none of its {len(names)} names, such as {names[0]!r}, is an image id or a key of "
-            f"{index.path.stem}"
-        )
     return found

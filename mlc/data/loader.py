@@ -10,10 +10,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from mlc.data.dataset import Batch, EvalDataset, TrainDataset
+from mlc.data.dataset import PREFETCH, Batch, EvalDataset, TrainDataset
 from shards.console import UserError
 
 
@@ -66,48 +67,79 @@ def train_positions(samples_seen: int, total: int, plan: BatchPlan, rank: int) -
             yield range(first, first + plan.batch_size)
 
 
-def eval_blocks(n: int, batch_size: int, world_size: int, rank: int) -> Iterator[list[int]]:
+def eval_blocks(rows: np.ndarray, batch_size: int, world_size: int, rank: int) -> Iterator[list[int]]:
     """Rows of each block of one rank, padded with -1; every rank gets the same number of blocks."""
-    blocks = -(-n // batch_size)
+    blocks = -(-len(rows) // batch_size)
     for block in range(rank, -(-blocks // world_size) * world_size, world_size):
-        first = block * batch_size
-        yield [row if row < n else -1 for row in range(first, first + batch_size)]
+        own = rows[block * batch_size : (block + 1) * batch_size].tolist()
+        yield own + [-1] * (batch_size - len(own))
 
 
-def load(dataset: TrainDataset | EvalDataset, positions: Iterator, *, workers: int, device: torch.device) -> DataLoader:
-    """Batches of `positions`, in order, made by `workers` processes (0: in this one)."""
-    return DataLoader(
+def load(
+    dataset: TrainDataset | EvalDataset, positions: Iterator, *, workers: int, device: torch.device
+) -> Iterator[Batch]:
+    """Batches of `positions`, in order, made by `workers` processes (0: in this one); keep at most three of them, see
+    `Buffers`."""
+    batches = DataLoader(
         dataset,
         batch_sampler=positions,
         num_workers=workers,
-        collate_fn=_already_a_batch,
+        collate_fn=_small_as_arrays,
         pin_memory=device.type == "cuda",
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=PREFETCH if workers else None,
     )
+    return map(_as_tensors, batches)
 
 
-def _already_a_batch(batch: Batch) -> Batch:
-    return batch
+def _small_as_arrays(batch: Batch) -> dict[str, torch.Tensor | np.ndarray]:
+    """For the way out of a worker: a tensor costs a file descriptor, a few numbers go with the message."""
+    return {name: tensor if name == "image" else tensor.numpy() for name, tensor in batch.items()}
+
+
+def _as_tensors(batch: dict[str, torch.Tensor | np.ndarray]) -> Batch:
+    return {name: torch.as_tensor(value) for name, value in batch.items()}
 
 
 class Waiting:
-    """Iterates over batches, moves them to the device, and adds up the seconds the caller had to wait for data."""
+    """Iterates over batches on the device, and adds up the seconds the caller had to wait for data.
+
+    `prepare` fetches the next batch while the device computes: the copy has a CUDA stream of its own, so that it does
+    not queue behind the step.
+    """
 
     def __init__(self, batches, device: torch.device):
         self._batches, self._device, self.seconds = iter(batches), device, 0.0
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._ahead: Batch | None = None
 
     def __iter__(self):
         return self
 
     def __next__(self) -> Batch:
+        self.prepare()
+        batch, self._ahead = self._ahead, None
+        if batch is None:
+            raise StopIteration
+        if self._stream:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_stream(self._stream)
+            for tensor in batch.values():
+                tensor.record_stream(current)  # its memory is not used again before the step has read it
+        return batch
+
+    def prepare(self) -> None:
+        """The next batch on its way to the device; waits for the workers where they are not ready."""
+        if self._ahead is not None:
+            return
         begin = time.perf_counter()
         try:
-            batch = next(self._batches)
+            batch = next(self._batches, None)
         except UserError as error:  # a worker's comes wrapped in its traceback
             raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
-        batch = {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}
+        if batch is not None:
+            with torch.cuda.stream(self._stream):  # does nothing where there is none
+                self._ahead = {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}
         self.seconds += time.perf_counter() - begin
-        return batch
 
     def take_seconds(self) -> float:
         """Seconds waited since the last call."""

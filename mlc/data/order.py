@@ -34,6 +34,21 @@ def hash64(*words) -> np.ndarray:
     return state
 
 
+def _mix_one(x: int) -> int:
+    """`_mix` of one word, a tenth of numpy's time."""
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+    return x ^ (x >> 31)
+
+
+def hash_one(*words: int) -> int:
+    """`hash64` of single integers."""
+    state = 0
+    for word in words:
+        state = _mix_one(((state ^ (word & MASK)) + GOLDEN) & MASK)
+    return state
+
+
 def uniform(*words) -> np.ndarray:
     """Uniform float64 in [0, 1), a pure function of the integer words, e.g. (seed, stream, position)."""
     return (hash64(*words) >> np.uint64(11)) * 2.0**-53
@@ -90,16 +105,13 @@ class Draws:
     """The random choices about one sample, in the order they are asked for: a counter keyed by the arguments."""
 
     def __init__(self, seed: int, stream: int, position: int):
-        self._key = int(hash64(seed, stream, position)[0])
+        self._key = hash_one(seed, stream, position)
         self._count = 0
 
     def bits(self) -> int:
         """64 random bits: SplitMix64's own stream, started at the key."""
         self._count += 1
-        x = (self._key + self._count * GOLDEN) & MASK
-        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
-        return x ^ (x >> 31)
+        return _mix_one((self._key + self._count * GOLDEN) & MASK)
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
         return low + (high - low) * ((self.bits() >> 11) * 2.0**-53)

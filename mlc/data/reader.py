@@ -7,6 +7,7 @@ index before anybody decodes them: a JPEG with a flipped bit mostly still decode
 import os
 import zlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 
 from shards.console import UserError
@@ -29,6 +30,9 @@ class TarReader:
 
     def __getstate__(self):
         return self.__dict__ | {"_files": OrderedDict()}  # descriptors do not travel between processes
+
+    def expect(self, rows: Sequence[int]) -> None:
+        """These rows will be asked for next: a hint for readers that have far to go."""
 
     def name(self, row: int) -> str:
         """For people: the shard and the key."""
@@ -78,6 +82,9 @@ class FolderReader:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def expect(self, rows: Sequence[int]) -> None:
+        """See TarReader."""
 
     def name(self, row: int) -> str:
         return self.names[row]

@@ -15,6 +15,7 @@ rows even at equal weights. No library's random stream or floating-point sum is 
 
 import functools
 import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,6 +168,14 @@ class Rows:
     def _end(self, number: int) -> int:
         return int(self._ends[number - 1]) if number else 0
 
+    @property
+    def fingerprint(self) -> str:
+        """Equal for the same rows, weights and kind of shuffling."""
+        kept = zlib.crc32(b"" if self._rows is None else self._rows)
+        return f"{len(self)} samples {zlib.crc32(b'' if self._ends is None else self._ends, kept):08x} " + (
+            f"in blocks of {self.shuffle.block}" if self.shuffle.block else "shuffled globally"
+        )
+
 
 def row_weights(index: Index, sampler: str, rows: np.ndarray | None) -> np.ndarray:
     """float64 [n]: how often each row is drawn, relative to the others.
@@ -297,10 +306,22 @@ class Sampler:
             place = np.where(own, before, np.where(open_, place - before, place))
         return source, place
 
+    @property
+    def fingerprint(self) -> str:
+        """Equal for two samplers with the same stream, whatever flags and files it came from."""
+        return "+".join(
+            f"{share:.6g} of {rows.fingerprint}" for share, rows in zip(self.shares, self.sources, strict=True)
+        )
+
     def expected_frequencies(self) -> np.ndarray:
         """float64 [C]: the share of the stream's samples that have each class."""
         each = [share * rows.expected_frequencies() for share, rows in zip(self.shares, self.sources, strict=True)]
         return np.sum(each, axis=0)
+
+
+def plain(index: Index, seed: int) -> Sampler:
+    """Every row of one split once an epoch, shuffled globally."""
+    return Sampler([Rows(index, seed)], [None], seed)
 
 
 def parse_data(text: str) -> tuple[str, float | None]:

@@ -4,8 +4,8 @@ Every random choice comes from `Draws`, keyed by (seed, position), in a fixed or
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import cv2
 import numpy as np
@@ -15,11 +15,14 @@ from mlc.data.augment import build_aa
 from mlc.data.decode import Box, decoded
 from mlc.data.decode import upright as upright
 from mlc.data.order import ERASE, Draws
+from shards.console import UserError
+
+CROPS = ("rrc", "squish", "center", "pad", "if-needed:K")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTransform:
-    """Random crop, flips and RandAugment; the crop is timm's RandomResizedCropAndInterpolation."""
+    """Crop, flips and RandAugment; `crop` is one of `CROPS`, `rrc` timm's RandomResizedCropAndInterpolation."""
 
     size: int
     scale: tuple[float, float] = (0.08, 1.0)
@@ -27,12 +30,15 @@ class TrainTransform:
     hflip: float = 0.5
     vflip: float = 0.0
     aa: str = ""
-    crop: Literal["rrc", "squish", "center"] = "rrc"
+    crop: str = "rrc"
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
 
     def __call__(self, data: bytes, draws: Draws) -> np.ndarray:
         """Bytes of an image -> uint8 [size, size, 3]."""
-        image = decoded(data, self.size, lambda size: self._box(size, draws))
+        pad = self.crop == "pad"
+        image = decoded(data, self.size, lambda size: self._box(size, draws), keep_aspect=pad)
+        if pad:
+            image = padded(image, self.size, self.mean)
         if draws.uniform() < self.hflip:
             image = cv2.flip(image, 1)
         if draws.uniform() < self.vflip:
@@ -44,21 +50,61 @@ class TrainTransform:
     def _box(self, size: tuple[int, int], draws: Draws) -> Box:
         if self.crop == "rrc":
             return random_box(size, self.scale, self.ratio, draws)
-        return whole(size) if self.crop == "squish" else center_box(size, 1.0)
+        if self.crop.startswith("if-needed"):
+            return window(size, parse_crop(self.crop) * self.size, draws.uniform(), draws.uniform())
+        return center_box(size, 1.0) if self.crop == "center" else whole(size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalTransform:
-    """The whole picture squeezed to a square (`squish`: no label is cut away) or timm's centre crop (`center`)."""
+    """`crop`: the whole picture squeezed to a square (`squish`: no label is cut away), timm's centre crop (`center`),
+    the middle of what is very long (`if-needed:2`) or all of it between borders (`pad`)."""
 
     size: int
-    crop: Literal["squish", "center"] = "squish"
+    crop: str = "squish"
     crop_pct: float = 1.0
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
 
     def __call__(self, data: bytes, draws: Draws | None = None) -> np.ndarray:
         """Bytes of an image -> uint8 [size, size, 3]."""
-        choose = whole if self.crop == "squish" else lambda size: center_box(size, self.crop_pct)
-        return decoded(data, self.size, choose, antialias=True)
+        pad = self.crop == "pad"
+        image = decoded(data, self.size, self._box, antialias=True, keep_aspect=pad)
+        return padded(image, self.size, self.mean) if pad else image
+
+    def _box(self, size: tuple[int, int]) -> Box:
+        if self.crop.startswith("if-needed"):
+            return window(size, parse_crop(self.crop) * self.size, 0.5, 0.5)
+        return center_box(size, self.crop_pct) if self.crop == "center" else whole(size)
+
+
+def parse_crop(text: str) -> float:
+    """`if-needed:K` -> K, the other names of `CROPS` -> 0. Raises UserError."""
+    name, _, times = text.partition(":")
+    if name == "if-needed" and times.replace(".", "", 1).isdecimal() and float(times) >= 1:
+        return float(times)
+    if text not in CROPS:
+        raise UserError(
+            f"crop {text!r}: use one of {', '.join(CROPS)}, with K from 1 on: sides are cut to at most K times the size"
+        )
+    return 0.0
+
+
+def window(size: tuple[int, int], most: float, across: float, down: float) -> Box:
+    """A window of at most `most` pixels a side, at shares `across` and `down` of the room it has; iMet's crop of
+    pictures that squeezing would make unrecognisable."""
+    width, height = min(size[0], round(most)), min(size[1], round(most))
+    left, upper = round(across * (size[0] - width)), round(down * (size[1] - height))
+    return (float(left), float(upper), float(left + width), float(upper + height))
+
+
+def padded(image: np.ndarray, size: int, mean: Sequence[float]) -> np.ndarray:
+    """[h, w, 3] in the middle of uint8 [size, size, 3]; around it the mean colour, which normalises to 0."""
+    height, width = image.shape[:2]
+    square = np.empty((size, size, 3), np.uint8)
+    square[:] = np.rint(255 * np.asarray(mean))
+    top, left = (size - height) // 2, (size - width) // 2
+    square[top : top + height, left : left + width] = image
+    return square
 
 
 def whole(size: tuple[int, int]) -> Box:

@@ -20,6 +20,7 @@ from shards.console import UserError
 
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 _FIX = "give a folder with exported weights, such as RUN/best"
+CROP_MODES = {"squish": "squash", "center": "center", "pad": "border"}  # ours -> timm's
 _REQUIRED = ("architecture", "num_classes", "label_names", "pretrained_cfg")
 
 
@@ -35,7 +36,7 @@ def export(
     mean: Sequence[float],
     std: Sequence[float],
     extra: dict,
-    crop_mode: str = "squash",
+    crop: str = "squish",
     crop_pct: float = 1.0,
 ) -> None:
     """Writes `model.safetensors` and `config.json` into `folder`, each whole or not at all.
@@ -44,8 +45,8 @@ def export(
     architecture: timm's name without a tag, `model.pretrained_cfg["architecture"]`.
     model_args: arguments that timm needs to build it again (`img_size` of a backbone that takes none is left out).
     label_names: [num_classes], in the order of the logits.
-    img_size, mean, std, crop_mode, crop_pct: preprocessing in timm's terms (pixels; RGB in 0..1), for timm's
-        `resolve_data_config`; "squash" is the whole image squeezed to a square.
+    img_size, mean, std, crop, crop_pct: preprocessing (pixels; RGB in 0..1); `crop` as in `--val-crop`, for timm's
+        `resolve_data_config` translated to its `crop_mode`, of which "squash" is the nearest to `if-needed`.
     extra: kept under "mlc" in `config.json`, for our own use.
     """
     assert len(label_names) == num_classes, f"{len(label_names)} label names for {num_classes} classes"
@@ -60,7 +61,7 @@ def export(
             "fixed_input_size": source.get("fixed_input_size", False),
             "interpolation": source.get("interpolation", "bicubic"),
             "crop_pct": crop_pct,
-            "crop_mode": crop_mode,
+            "crop_mode": CROP_MODES.get(crop, "squash"),
             "mean": list(mean),
             "std": list(std),
             "num_classes": num_classes,
@@ -68,7 +69,7 @@ def export(
             "first_conv": source.get("first_conv"),
             "classifier": source.get("classifier"),
         },
-        "mlc": extra,
+        "mlc": {**extra, "crop": crop},
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,6 +80,12 @@ def export(
     building = folder / f".{_CONFIG}"
     building.write_text(json.dumps(config, indent=2) + "\n")
     os.replace(building, folder / _CONFIG)
+
+
+def exported_crop(config: dict) -> str:
+    """The `--val-crop` of an exported model; for one that timm wrote, what its `crop_mode` means."""
+    meaning = {mode: crop for crop, mode in CROP_MODES.items()}
+    return config.get("mlc", {}).get("crop") or meaning.get(config["pretrained_cfg"].get("crop_mode"), "center")
 
 
 def load_exported(folder: str | Path) -> tuple[nn.Module, dict]:

@@ -12,12 +12,10 @@ from shards.image import open_image, to_rgb
 COLUMNS, ROWS = 6, 4
 
 
-def contact_sheet(path: Path, reader, predicted: np.ndarray, classes: Sequence[str], *, rows: Sequence[int]) -> None:
+def contact_sheet(path: Path, reader, rows: np.ndarray, predicted: np.ndarray, classes: Sequence[str]) -> None:
     """The first of some rows of a split, each with its labels: found (green), missed (orange), wrong (red).
 
-    Args:
-        predicted: bool [N, C] of all rows of the split.
-        rows: those whose image can be shown.
+    rows int64 [N] and predicted bool [N, C].
     """
     import matplotlib
 
@@ -28,9 +26,9 @@ def contact_sheet(path: Path, reader, predicted: np.ndarray, classes: Sequence[s
     figure.subplots_adjust(left=0.01, right=0.99, top=0.99, bottom=0.07, wspace=0.08, hspace=0.42)
     for axis in axes.flat:
         axis.axis("off")
-    for row, axis in zip(rows, axes.flat, strict=False):
+    for row, said, axis in zip(rows.tolist(), predicted, axes.flat, strict=False):
         axis.imshow(to_rgb(upright(open_image(reader.read(row)))))
-        for place, (text, color) in enumerate(_verdict(reader.index.labels(row), predicted[row], classes)):
+        for place, (text, color) in enumerate(_verdict(reader.index.labels(row), said, classes)):
             below = -0.04 - 0.12 * place
             axis.text(0.5, below, text, transform=axis.transAxes, ha="center", va="top", fontsize=8, color=color)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,9 +12,10 @@ from conftest import TINY, log_of
 
 from mlc import train
 from mlc.data import dataset as dataset_module
-from mlc.data.dataset import BadSamples, EvalDataset, TrainDataset, open_split
+from mlc.data.dataset import BadSamples, EvalDataset, TrainDataset
 from mlc.data.order import AUGMENT, Draws, locate
 from mlc.data.reader import FolderReader, TarReader
+from mlc.data.sources import open_split
 from mlc.data.transforms import EvalTransform, TrainTransform
 from shards import index as index_verb
 from shards.console import UserError, run
@@ -43,11 +44,11 @@ def index_tars(tars) -> int:
 
 
 def stream_of(folder, **options) -> TrainDataset:
-    return TrainDataset(open_split(load_dataset(folder), "train"), TRANSFORM, SEED, **options)
+    return TrainDataset.of(open_split(load_dataset(folder), "train"), TRANSFORM, SEED, **options)
 
 
 def epoch(stream) -> dict[str, torch.Tensor]:
-    return stream.__getitems__(range(len(stream.reader)))
+    return stream.__getitems__(range(len(stream.readers[0])))
 
 
 # ---- before training -------------------------------------------------------------------------------------------------
@@ -105,19 +106,19 @@ def test_a_key_in_two_tars_is_not_indexed(foreign, capsys):
 
 
 def bad_rows(stream, batch) -> set[int]:
-    return set(locate(batch["bad"].numpy(), len(stream.reader), SEED)[1].tolist())
+    return set(locate(batch["bad"].numpy(), len(stream.readers[0]), SEED)[1].tolist())
 
 
 def check_neighbours(stream, bad: set[int], positions) -> None:
     """Against brute force: every position has the sample of the first position from there on that is not bad."""
     batch = stream.__getitems__(positions)
-    n = len(stream.reader)
+    n = len(stream.readers[0])
     for place, position in enumerate(batch["position"].tolist()):
         row = next(r for r in locate(np.arange(position, position + n), n, SEED)[1].tolist() if r not in bad)
         assert batch["row"][place] == row
-        pixels = TRANSFORM(stream.reader.read(row), Draws(SEED, AUGMENT, position))
+        pixels = TRANSFORM(stream.readers[0].read(row), Draws(SEED, AUGMENT, position))
         assert np.array_equal(batch["image"][place].permute(1, 2, 0).numpy(), pixels)
-    assert torch.equal(batch["target"], torch.from_numpy(stream.reader.index.targets(batch["row"].numpy())))
+    assert torch.equal(batch["target"], torch.from_numpy(stream.readers[0].index.targets(batch["row"].numpy())))
 
 
 @pytest.mark.parametrize(
@@ -134,11 +135,11 @@ def test_bytes_that_are_not_the_indexed_ones(out, damage, rows, says):
     batch = epoch(stream)
     assert bad_rows(stream, batch) == rows
     for position in batch["bad"].tolist():
-        row = int(locate(position, len(stream.reader), SEED)[1])
+        row = int(locate(position, len(stream.readers[0]), SEED)[1])
         name, reason = stream.problem(position)
-        assert name == f"train-{row // 40:06d}.tar:{stream.reader.index.key(row)}"
+        assert name == f"train-{row // 40:06d}.tar:{stream.readers[0].index.key(row)}"
         assert says in reason
-    check_neighbours(stream, rows, range(3 * len(stream.reader)))
+    check_neighbours(stream, rows, range(3 * len(stream.readers[0])))
 
 
 def test_without_the_checksum_a_flipped_bit_goes_in(out):
@@ -185,7 +186,7 @@ def test_images_that_were_bad_before_they_were_indexed(foreign, data, says):
     assert bad_rows(stream, batch) == {40}
     name, reason = stream.problem(int(batch["bad"][0]))
     assert name == f"train-000001.tar:{key}" and says in reason
-    check_neighbours(stream, {40}, range(2 * len(stream.reader)))
+    check_neighbours(stream, {40}, range(2 * len(stream.readers[0])))
 
 
 @pytest.mark.parametrize("crop", ["rrc", "squish", "center"])
@@ -196,7 +197,7 @@ def test_a_very_long_image_is_an_image(foreign, crop):
     faults.change_members(path, lambda members: faults.with_image(members, key, faults.long_image()))
     assert index_tars(foreign) == 0
     index = open_split(load_dataset(foreign), "train")
-    stream = TrainDataset(index, TrainTransform(size=24, crop=crop), SEED)
+    stream = TrainDataset.of(index, TrainTransform(size=24, crop=crop), SEED)
     position = next(p for p in range(len(index)) if locate(p, len(index), SEED)[1] == 0)
     batch = stream.__getitems__([position])
     assert batch["row"].tolist() == [0] and not len(batch["bad"])

@@ -7,7 +7,7 @@ import pytest
 from indexes import CLASSES, make_index
 
 from mlc.data import filters
-from mlc.data.filters import matches, read_names, select_rows
+from mlc.data.filters import matches, named, read_names, select_rows
 from shards.console import UserError
 
 
@@ -113,16 +113,14 @@ def test_no_filter_means_all_rows_without_a_list(index):
 )
 def test_lists_of_rows_to_drop(index, chunks, tmp_path, content):
     (tmp_path / "drop.csv").write_text(content, encoding="utf-8")
-    kept = select_rows(index, CLASSES, drop_rows=tmp_path / "drop.csv", where="n_labels >= 0")
+    drop = named(index, read_names(tmp_path / "drop.csv"))
+    kept = select_rows(index, CLASSES, drop=drop, where="n_labels >= 0")
     assert sorted(set(range(700)) - set(kept.tolist())) == [3, 5, 7]
 
 
-def test_a_list_that_names_nothing_is_a_mistake_and_an_empty_one_is_none(index, tmp_path):
-    (tmp_path / "drop.txt").write_text("a.jpg\n")
-    with pytest.raises(UserError, match=r"none of its 1 names, such as 'a.jpg', is an image id or a key of train"):
-        select_rows(index, CLASSES, drop_rows=tmp_path / "drop.txt")
+def test_an_empty_list_drops_nothing_and_no_list_is_a_mistake(index, tmp_path):
     (tmp_path / "drop.txt").write_text("ImageID\n")
-    assert len(select_rows(index, CLASSES, drop_rows=tmp_path / "drop.txt")) == 700
+    assert not named(index, read_names(tmp_path / "drop.txt")).any()
     with pytest.raises(UserError, match=r"--drop-rows .*other.txt cannot be read: No such file"):
         read_names(tmp_path / "other.txt")
 

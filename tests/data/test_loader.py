@@ -1,7 +1,15 @@
-import pytest
+import time
 
-from mlc.data.loader import eval_blocks, plan_batches, train_positions
+import numpy as np
+import pytest
+import torch
+
+from mlc.data.dataset import TrainDataset
+from mlc.data.loader import Waiting, eval_blocks, load, plan_batches, train_positions
+from mlc.data.sources import open_split
+from mlc.data.transforms import TrainTransform
 from shards.console import UserError
+from shards.dataset import load_dataset
 
 
 @pytest.mark.parametrize("world, batch", [(1, 24), (1, 6), (2, 12), (2, 2), (3, 4), (4, 6)])
@@ -20,11 +28,11 @@ def test_any_division_of_a_global_batch_covers_the_same_positions(world, batch):
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 @pytest.mark.parametrize("n", [1, 7, 8, 9, 50])
 def test_every_row_is_in_one_block_and_blocks_are_the_same_at_any_world_size(n, world):
-    blocks = [list(eval_blocks(n, 8, world, rank)) for rank in range(world)]
+    blocks = [list(eval_blocks(np.arange(n), 8, world, rank)) for rank in range(world)]
     assert len({len(b) for b in blocks}) == 1  # no rank waits for a batch that another does not have
     rows = sorted(row for rank in blocks for block in rank for row in block if row >= 0)
     assert rows == list(range(n))
-    alone = {tuple(block) for block in eval_blocks(n, 8, 1, 0)}
+    alone = {tuple(block) for block in eval_blocks(np.arange(n), 8, 1, 0)}
     assert {tuple(block) for rank in blocks for block in rank if block[0] >= 0} == alone
 
 
@@ -48,3 +56,37 @@ def test_impossible_divisions_say_what_fits(arguments, words):
             arguments.pop("global_batch"), arguments.pop("batch_size"), arguments.pop("world_size"), **arguments
         )
     assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_batch_is_not_written_over_while_the_next_two_are_fetched(shards, workers):
+    """Workers use their memory again: not before the training loop is done with it."""
+    index = open_split(load_dataset(shards), "train")
+    stream = TrainDataset.of(index, TrainTransform(size=24), seed=1)
+    positions = [range(8 * step, 8 * step + 8) for step in range(40)]
+    batches = load(stream, iter(positions), workers=workers, device=torch.device("cpu"))
+    kept, addresses = [], set()
+    for expected, batch in zip(positions, batches, strict=True):
+        kept = [*kept[-2:], (expected, batch)]
+        addresses.add(batch["image"].data_ptr())
+        time.sleep(0.01)  # the workers get as far ahead as they may
+        for range_, old in kept:
+            assert torch.equal(old["image"], stream.__getitems__(range_)["image"])
+    assert len(addresses) < 40
+
+
+def test_preparing_ahead_changes_nothing(shards):
+    index = open_split(load_dataset(shards), "train")
+    stream = TrainDataset.of(index, TrainTransform(size=24), seed=1)
+    plan, device = plan_batches(8, 8, 1, pairs=False), torch.device("cpu")
+    straight, ahead = (
+        Waiting(load(stream, train_positions(0, 40, plan, 0), workers=0, device=device), device) for _ in range(2)
+    )
+    seen = [batch["position"].tolist() for batch in straight]
+    prepared = []
+    for batch in ahead:
+        ahead.prepare()
+        ahead.prepare()
+        prepared.append(batch["position"].tolist())
+    assert prepared == seen == [list(range(8 * s, 8 * s + 8)) for s in range(5)]
+    assert ahead.take_seconds() > 0 and ahead.take_seconds() == 0

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from mlc.data import reader as reader_module
-from mlc.data.dataset import EvalDataset, TrainDataset, open_split
+from mlc.data.dataset import EvalDataset, TrainDataset
 from mlc.data.reader import FolderReader, TarReader
+from mlc.data.sources import open_split
 from mlc.data.transforms import EvalTransform, TrainTransform
 from shards.console import UserError
 from shards.dataset import load_dataset
@@ -66,7 +67,7 @@ def test_a_damaged_index_is_a_bad_image_and_no_crash(index, column, value):
 
 
 def test_training_batch_follows_the_contract(index):
-    data = TrainDataset(index, TrainTransform(size=24), seed=1)
+    data = TrainDataset.of(index, TrainTransform(size=24), seed=1)
     batch = data.__getitems__([5, 6, 7, 8])
     assert batch["image"].shape == (4, 3, 24, 24) and batch["image"].dtype.is_floating_point is False
     assert batch["position"].tolist() == [5, 6, 7, 8] and batch["valid"].all()

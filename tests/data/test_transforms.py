@@ -6,12 +6,22 @@ import pytest
 import torch
 from PIL import Image
 from scipy import stats
+from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from mlc.data import transforms
 from mlc.data.order import AUGMENT, ERASE, Draws
-from mlc.data.transforms import EvalTransform, TrainTransform, erase, erase_box, normalize, random_box
+from mlc.data.transforms import (
+    EvalTransform,
+    TrainTransform,
+    erase,
+    erase_box,
+    normalize,
+    parse_crop,
+    random_box,
+)
+from shards.console import UserError
 
 
 def encoded(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
@@ -48,7 +58,7 @@ GOLDEN = {
 def test_crops_are_the_same_for_ever(size, monkeypatch):
     chosen = []
 
-    def recording(data, side, choose):
+    def recording(data, side, choose, **_):
         chosen.append(choose(size))
         return np.zeros((side, side, 3), np.uint8)
 
@@ -130,6 +140,48 @@ def test_squish_keeps_the_whole_picture_and_center_the_middle(photo):
     assert (
         38 < middle[0, 0, 0] < 50 and 205 < middle[0, -1, 0] < 217
     )  # the outer 20 of 120 columns are cut on each side
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("make", [TrainTransform, EvalTransform])
+def test_pad_shows_the_whole_picture_between_borders(photo, make, kind):
+    options = {"hflip": 0} if make is TrainTransform else {}
+    image = make(size=60, crop="pad", mean=(1.0, 0.5, 0.0), **options)(encoded(photo, kind), Draws(0, AUGMENT, 1))
+    assert image.shape == (60, 60, 3)
+    assert (image[:10] == (255, 128, 0)).all() and (image[50:] == (255, 128, 0)).all()  # 120 x 80 -> 60 x 40
+    picture = image[10:50].astype(int)
+    ideal = np.asarray(photo.resize((60, 40), Image.Resampling.BOX)).astype(int)
+    assert np.abs(picture - ideal).max() < 9
+
+
+def test_pad_is_timms_border_mode(photo):
+    timms = create_transform((3, 48, 48), crop_mode="border", crop_pct=1.0, interpolation="bicubic", normalize=False)
+    mean = (0.485, 0.456, 0.406)
+    expected = np.asarray(timms(photo)).transpose(1, 2, 0).astype(int)
+    seen = EvalTransform(size=48, crop="pad", mean=mean)(encoded(photo, "PNG")).astype(int)
+    assert np.abs(seen - expected).max() <= 2
+
+
+@pytest.mark.parametrize("size", [(300, 20), (20, 300), (64, 64), (30, 20), (500, 400)])
+def test_if_needed_cuts_only_what_is_too_long(size):
+    """iMet: 20,000 x 300 scans are unrecognisable when squeezed."""
+    width, height = size
+    spots = set()
+    for p in range(30):
+        transform, draws = TrainTransform(size=32, crop="if-needed:2"), Draws(0, AUGMENT, p)
+        left, upper, right, lower = transform._box(size, draws)
+        assert (right - left, lower - upper) == (min(width, 64), min(height, 64))
+        assert left >= 0 and upper >= 0 and right <= width and lower <= height
+        spots.add((left, upper))
+    assert len(spots) == 1 if max(size) <= 64 else len(spots) > 15
+    middle = EvalTransform(size=32, crop="if-needed:2")._box(size)
+    assert abs(middle[0] + middle[2] - width) <= 1 and abs(middle[1] + middle[3] - height) <= 1
+
+
+@pytest.mark.parametrize("text", ["if-needed", "if-needed:0.5", "if-needed:x", "random", ""])
+def test_unknown_crops_are_refused(text):
+    with pytest.raises(UserError, match="use one of rrc, squish, center, pad, if-needed:K"):
+        parse_crop(text)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_plain_timm_and_our_loader_give_the_same_logits(tmp_path, name, size, he
 
 
 def test_timm_reads_the_labels_and_the_preprocessing(tmp_path):
-    exported(tmp_path, crop_mode="center", crop_pct=0.9)
+    exported(tmp_path, crop="center", crop_pct=0.9)
     plain = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     assert list(plain.pretrained_cfg["label_names"]) == ["one", "two", "10"]
     data = resolve_data_config({}, model=plain)
@@ -76,7 +76,7 @@ def test_a_convnets_input_size_is_data_and_no_argument(tmp_path):
 def test_config_comes_back_with_our_own_part(tmp_path):
     exported(tmp_path)
     _, config = load_exported(tmp_path)
-    assert config["mlc"] == {"step": 7} and config["label_names"] == ["one", "two", "10"]
+    assert config["mlc"] == {"step": 7, "crop": "squish"} and config["label_names"] == ["one", "two", "10"]
     assert config["model_args"]["window_size"] == 4
 
 

@@ -1,8 +1,8 @@
 import numpy as np
 from PIL import Image
 
-from mlc.data.dataset import open_split
 from mlc.data.reader import TarReader
+from mlc.data.sources import open_split
 from mlc.report.plots import _verdict, contact_sheet
 from shards.dataset import load_dataset
 
@@ -22,5 +22,6 @@ def test_contact_sheet_of_a_split(shards, tmp_path):
     dataset = load_dataset(shards)
     reader = TarReader(open_split(dataset, "val"))
     predicted = np.zeros((len(reader), len(dataset.classes)), bool)
-    contact_sheet(tmp_path / "deep" / "sheet.png", reader, predicted, dataset.classes, rows=range(len(reader)))
+    rows = np.arange(len(reader))
+    contact_sheet(tmp_path / "deep" / "sheet.png", reader, rows, predicted, dataset.classes)
     assert Image.open(tmp_path / "deep" / "sheet.png").size == (1320, 1100)

@@ -1,0 +1,157 @@
+"""What a run reads: its data sets, the rows of each that take part, how often they come, and where the bytes are.
+
+`--data A --data B:0.3 --fold 2 --where ... --sampler ...` becomes a `Sampler` (position -> data set, row), one reader
+per data set, and the rows to validate on.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mlc.config import Config
+from mlc.data.filters import named, read_names, select_rows
+from mlc.data.reader import TarReader, check_shards
+from mlc.data.remote import open_reader
+from mlc.data.sampler import Rows, Sampler, parse_data, parse_oversample, parse_shuffle, source_seed
+from shards.console import UserError
+from shards.dataset import Dataset, Index, load_dataset, open_index
+
+LISTED = 12  # classes named in a line of the log
+
+
+@dataclass(frozen=True)
+class Sources:
+    """`dataset` is the first of `--data`, whose classes are those of all; `readers` has one per data set."""
+
+    dataset: Dataset
+    sampler: Sampler
+    readers: Sequence[TarReader]
+    fingerprint: str
+    natural: np.ndarray  # float64 [C]: share of the rows that have each class
+
+    def describe(self) -> Iterator[str]:
+        """Lines for the log: the data sets where there are several, and what a sample of the stream is like."""
+        sources, shares = self.sampler.sources, self.sampler.shares
+        if len(sources) > 1:
+            for rows, share in zip(sources, shares, strict=True):
+                yield f"data {rows.index.url or rows.index.path.parent}: {len(rows)} samples, {share:.1%} of the stream"
+        expected = self.sampler.expected_frequencies()
+        yield "expected class frequencies: " + _frequencies(self.dataset.classes, expected, self.natural)
+
+
+def open_sources(config: Config) -> Sources:
+    """The training side of the data flags. Raises UserError naming the flag or the file."""
+    if not config.data or not all(config.data):
+        raise UserError("--data DIR is missing: the folder that `mlc pack` made")
+    parsed = [parse_data(text) for text in config.data]
+    datasets = [load_dataset(path, cache_dir=config.cache_dir) for path, _ in parsed]
+    first = datasets[0]
+    for (path, _), dataset in zip(parsed, datasets, strict=True):
+        if dataset.classes != first.classes:
+            odd = sorted(set(dataset.classes) ^ set(first.classes))
+            raise UserError(
+                f"--data {path} has other classes than {parsed[0][0]}"
+                + (f", such as {odd[0]!r}" if odd else " (the same names in another order)")
+                + "; pack both with the same --classes FILE"
+            )
+    splits = [open_split(dataset, config.train_split, labelled=True) for dataset in datasets]
+    rows = _kept(config, first, splits)
+    common = {
+        "sampler": config.sampler,
+        "block": parse_shuffle(config.shuffle),
+        "repeats": parse_oversample(config.oversample, first),
+    }
+    parts = [
+        Rows(index, source_seed(config.seed, number), rows=own, **common)
+        for number, (index, own) in enumerate(zip(splits, rows, strict=True))
+    ]
+    sampler = Sampler(parts, [share for _, share in parsed], config.seed)
+    counts = sum(_class_counts(index, own) for index, own in zip(splits, rows, strict=True))
+    total = sum(len(index) if own is None else len(own) for index, own in zip(splits, rows, strict=True))
+    return Sources(
+        dataset=first,
+        sampler=sampler,
+        readers=[_reader(config, index) for index in splits],
+        fingerprint="+".join(dataset.fingerprint for dataset in datasets),
+        natural=counts / total,
+    )
+
+
+def open_validation(config: Config, dataset: Dataset) -> tuple[TarReader, np.ndarray] | None:
+    """(reader, row numbers int64 [n]) of `--val-split`, or of the training split's `--fold`; None without either."""
+    if config.fold is not None:
+        index = open_split(dataset, config.train_split, labelled=True)
+        return _reader(config, index), select_rows(index, dataset.classes, fold=config.fold)
+    if not config.val_split:
+        return None
+    index = open_split(dataset, config.val_split, labelled=True)
+    return _reader(config, index), np.arange(len(index))
+
+
+def open_split(dataset: Dataset, split: str, *, labelled: bool = False) -> Index:
+    """The index of a split that is not empty, whose tars are there and, where asked for, which has labels."""
+    index = open_index(dataset, split)
+    where = dataset.url or dataset.root
+    if not len(index):
+        raise UserError(f"{where}: the split {split!r} is empty")
+    if labelled and not index.has_labels:
+        raise UserError(f"{where}: the split {split!r} has no labels")
+    check_shards(dataset, split)
+    return index
+
+
+def _reader(config: Config, index: Index) -> TarReader:
+    return open_reader(index, cache_dir=config.cache_dir, cache_gb=config.cache_gb, check_crc=config.check_crc)
+
+
+def _kept(config: Config, dataset: Dataset, splits: Sequence[Index]) -> list[np.ndarray | None]:
+    """The rows of each data set that pass `--where`, `--fold` and `--drop-rows`; None for all.
+
+    A data set beside the first that has no folds takes part whole: pseudo-labels, another collection.
+    """
+    drop = None
+    if config.drop_rows:
+        names = read_names(Path(config.drop_rows))
+        drop = [named(index, names) for index in splits]
+        if names and not any(hits.any() for hits in drop):
+            raise UserError(
+                f"--drop-rows {config.drop_rows}: none of its {len(names)} names, such as {names[0]!r}, is an image id "
+                f"or a key of the split {config.train_split!r}"
+            )
+    kept = []
+    for number, index in enumerate(splits):
+        folded = number == 0 or bool((index.fold >= 0).any())
+        rows = select_rows(
+            index,
+            dataset.classes,
+            where=config.where,
+            without_fold=config.fold if folded else None,
+            drop=None if drop is None else drop[number],
+        )
+        kept.append(rows)
+    return kept
+
+
+def _class_counts(index: Index, rows: np.ndarray | None) -> np.ndarray:
+    if rows is None:
+        return index.class_counts()
+    return np.bincount(index.labels_of(rows)[0], minlength=index.num_classes)
+
+
+def _frequencies(classes: Sequence[str], expected: np.ndarray, natural: np.ndarray) -> str:
+    """`cat 30.1 %, dog 2.2 % (data 0.4 %)`; of many classes the commonest and the rarest."""
+    order = np.argsort(-expected, kind="stable").tolist()
+    parts = [
+        f"{classes[c]} {_percent(expected[c])}"
+        + ("" if np.isclose(expected[c], natural[c], rtol=0.02) else f" (data {_percent(natural[c])})")
+        for c in order
+    ]
+    if len(parts) > 2 * LISTED:
+        parts = [*parts[:LISTED], f"... {len(parts) - 2 * LISTED} more ...", *parts[-LISTED:]]
+    return ", ".join(parts)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"

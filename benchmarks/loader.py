@@ -98,7 +98,7 @@ def big_pictures(count: int) -> list[bytes]:
     return pictures
 
 
-def write(data: Data) -> None:
+def write(data: Data, shards: int = 8) -> None:
     images = data.folder / "all"
     images.mkdir(parents=True)
     names = [f"{i:06d}.jpg" for i in range(data.count)]
@@ -108,7 +108,7 @@ def write(data: Data) -> None:
     with open(table, "w", newline="") as file:
         csv.writer(file).writerows([("ImageID", "Labels"), *((name, "one") for name in names)])
     where = ["--csv", str(table), "--images", str(images), "--out", str(data.shards)]
-    command = [sys.executable, "-m", "mlc", "pack", *where, "--shard-size", str(data.count // 8)]
+    command = [sys.executable, "-m", "mlc", "pack", *where, "--shard-size", str(data.count // shards)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     if importlib.util.find_spec("streaming"):
         from streaming import MDSWriter

@@ -246,7 +246,7 @@ def build(partial: Path, plan: Plan, samples: dict[str, list[Sample]], args: arg
             advance()
     splits = {split: _write_split(partial / "pack", split, of_split) for split, of_split in tasks.items()}
     dataset = Dataset(partial / "pack", plan.classes, plan.groups, args.folds, splits)
-    _write_companions(dataset)
+    write_companions(dataset)
     (dataset.root / PLAN_NAME).write_text(plan.hash)
     write_dataset(dataset)
     known = {*EXTRA_FILES, *(split.index for split in splits.values()), *(task.tar.name for task in flat)}
@@ -335,7 +335,7 @@ def _write_split(folder: Path, split: str, tasks: Sequence[ShardTask]) -> Split:
     return Split(split, f"{split}.arrow", len(samples), shards)
 
 
-def _write_companions(dataset: Dataset) -> None:
+def write_companions(dataset: Dataset) -> None:
     """`_info.json` is what timm's reader looks for, `sizes.json` what open_clip looks for."""
     info = {
         split.name: {

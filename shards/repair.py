@@ -21,7 +21,7 @@ from shards.console import UserError
 from shards.dataset import SCHEMA, Dataset, Index, Shard, Split, open_index, replacing, write_dataset, write_index
 from shards.image import BadImage, check_image, open_image
 from shards.index import Sidecar, column_of, read_sidecar
-from shards.pack import PLAN_NAME, _write_companions
+from shards.pack import PLAN_NAME, write_companions
 from shards.tar import Group, Member, file_sha256, scan, split_name
 
 QUARANTINE = "quarantine.csv"
@@ -165,7 +165,7 @@ def _tidy(before: Dataset, after: Dataset) -> None:
             (before.root / split.index).unlink(missing_ok=True)
     (before.root / PLAN_NAME).unlink(missing_ok=True)  # else a second `mlc pack` would think its work still done
     if (before.root / "_info.json").exists():
-        _write_companions(after)
+        write_companions(after)
 
 
 class _SplitRepair:

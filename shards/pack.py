@@ -100,6 +100,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--id-column", default="ImageID", help="name of the column (ImageID)")
     add("--labels-column", default="Labels", help="name of the column (Labels)")
     add("--caption-column", default="Caption", help="name of the column (Caption)")
+    add("--weight-column", default="Weight", help="numbers for `--sampler weights:weight` of train.py (Weight)")
     add("--label-separator", default=" ", help="what stands between labels (any white space)")
     add("--seed", type=_whole(0, 2**32 - 1), default=0, help="of the split and the folds")
     add("-j", "--workers", type=_whole(1), default=default_workers(), help="processes (all cores)")
@@ -325,7 +326,7 @@ def _write_split(folder: Path, split: str, tasks: Sequence[ShardTask]) -> Split:
             "labels": [sample.columns for sample in samples],
             "caption": [sample.row.caption for sample in samples],
             "fold": [sample.fold for sample in samples],
-            "weight": [1.0] * len(samples),
+            "weight": [sample.row.weight for sample in samples],
         },
     )
     shards = tuple(

@@ -17,6 +17,7 @@ from scipy.fft import dctn
 from shards.console import UserError, progress
 from shards.dataset import Index
 from shards.image import BadImage, open_image, to_rgb
+from shards.urls import read_range
 from shards.workers import spread
 
 CHUNK = 128  # images a task
@@ -183,6 +184,11 @@ def decoded(data: bytes, side: int) -> tuple[tuple[int, int], Image.Image]:
 
 def stored(index: Index, rows: np.ndarray) -> Iterator[tuple[int, bytes]]:
     """(place in `rows`, bytes of the image), shard by shard. Raises UserError where a shard cannot be read."""
+    if index.url:
+        for place, row in enumerate(rows.tolist()):
+            start = int(index.offset[row])
+            yield place, read_range(index.shard_url(int(index.shard[row])), start, start + int(index.size[row]))
+        return
     for shard in np.unique(index.shard[rows]):
         path = index.shard_path(int(shard))
         try:

@@ -32,6 +32,7 @@ PLANNED_FLAGS = (
     "id_column",
     "labels_column",
     "caption_column",
+    "weight_column",
     "label_separator",
 )
 
@@ -72,7 +73,7 @@ def make_plan(args: Namespace) -> Plan:
     """Reads the tables and looks at every file's name, size and time, not yet at its content."""
     problems = Problems()
     tables = {"train": args.csv, "val": args.val_csv, "test": args.test_csv}
-    columns = Columns(args.id_column, args.labels_column, args.caption_column, args.label_separator)
+    columns = Columns(args.id_column, args.labels_column, args.caption_column, args.weight_column, args.label_separator)
     rows = {
         split: read_rows(Path(path), columns, problems, need_labels=split != "test")
         for split, path in tables.items()

@@ -22,7 +22,7 @@ from shards.workers import default_workers
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="mlc stats", description="Count classes, labels per image and caption lengths.")
-    parser.add_argument("data", help="folder of a packed or indexed data set")
+    parser.add_argument("data", help="folder or URL of a packed or indexed data set")
     parser.add_argument("--split", help="only this split")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("-j", "--workers", type=_at_least_one, default=default_workers(), help="processes (all cores)")
     args = parser.parse_args(argv)
-    dataset = load_dataset(Path(args.data))
+    dataset = load_dataset(args.data)
     names = [dataset.split(args.split).name] if args.split else list(dataset.splits)
     if args.html:
         from shards import stats_html  # here, because drawing takes a second to load

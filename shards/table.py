@@ -8,6 +8,7 @@ with others; what makes the rows themselves doubtful stops at once.
 
 import csv
 import io
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class Columns:
     image_id: str = "ImageID"
     labels: str = "Labels"
     caption: str = "Caption"
+    weight: str = "Weight"
     separator: str = " "
 
 
@@ -40,6 +42,7 @@ class Row:
     image_id: str
     labels: tuple[str, ...] | None
     caption: str
+    weight: float = 1.0
 
 
 class Problems:
@@ -97,7 +100,18 @@ def _row(path: Path, line: int, record: list[str], where: dict[str, int], column
     if labels and len(set(labels)) < len(labels):
         twice = next(label for label in labels if labels.count(label) > 1)
         problems.add(str(path), line, f"label {twice!r} is there twice")
-    return Row(str(path), line, image_id, labels, caption)
+    weight = _weight(record[where["weight"]]) if "weight" in where else 1.0
+    if weight is None:
+        problems.add(str(path), line, f"the {columns.weight} {record[where['weight']]!r} is not a number from 0 on")
+    return Row(str(path), line, image_id, labels, caption, 1.0 if weight is None else weight)
+
+
+def _weight(text: str) -> float | None:
+    try:
+        weight = float(text)
+    except ValueError:
+        return None
+    return weight if 0 <= weight < math.inf else None
 
 
 def split_labels(text: str, separator: str) -> tuple[str, ...]:
@@ -142,7 +156,7 @@ def _text(path: Path) -> str:
 def _find_columns(path: Path, header: Sequence[str], columns: Columns, *, need_labels: bool) -> dict[str, int]:
     """Position by role. Raises UserError naming the columns that exist."""
     names = [name.strip() for name in header]
-    wanted = {"image_id": columns.image_id, "labels": columns.labels, "caption": columns.caption}
+    wanted = {role: getattr(columns, role) for role in ("image_id", "labels", "caption", "weight")}
     required = ("image_id", "labels") if need_labels else ("image_id",)
     defaults = Columns()
     for role, name in wanted.items():

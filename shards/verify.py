@@ -20,6 +20,7 @@ from shards.dataset import Dataset, Index, Shard, load_dataset, open_index
 from shards.index import read_sidecar
 from shards.repair import QUARANTINE, image_problem, keys_twice, labels_differ, read_quarantine, repair, survey
 from shards.tar import Group, file_sha256
+from shards.urls import is_url, redact
 from shards.workers import default_workers, spread
 
 Report = Callable[[str, str], None]  # (key, what is wrong)
@@ -55,7 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("-j", "--workers", type=int, default=default_workers(), help="processes (all cores)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
-    dataset = load_dataset(Path(args.data))
+    if is_url(args.data):
+        raise UserError(f"{redact(args.data)}: verify reads every byte of the tars; run it where they lie")
+    dataset = load_dataset(args.data)
     problems, samples = verify(dataset, decode=args.decode, workers=args.workers)
     lost = repair(dataset, problems, decode=args.decode) if args.repair and problems else []
     found = {

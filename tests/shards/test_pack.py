@@ -498,3 +498,17 @@ def test_shards_end_at_a_number_of_bytes(monkeypatch, tmp_path):
         sizes[shard] = sizes.get(shard, 0) + size
     assert len(sizes) > 2
     assert max(sizes.values()) <= 3000
+
+
+def test_weights_of_the_table_are_in_the_index(tmp_path, capsys):
+    names = ["a", "b", "c"]
+    raw = write_images(tmp_path / "raw", {f"{name}.jpg": encoded(picture(i)) for i, name in enumerate(names)})
+    write_table(
+        raw / "train.csv", ["ImageID", "Labels", "Weight"], [["a", "x", "0.5"], ["b", "x", "0"], ["c", "x", "3"]]
+    )
+    assert pack_raw(raw, tmp_path / "out") == 0
+    assert opened(tmp_path / "out").weight.tolist() == [0.5, 0, 3]
+    for bad in ("-1", "", "nan", "heavy"):
+        write_table(raw / "train.csv", ["ImageID", "Labels", "Weight"], [["a", "x", "1"], ["b", "x", bad]])
+        assert pack_raw(raw, tmp_path / "refused") == 2
+        assert f"line 3: the Weight {bad!r} is not a number from 0 on" in capsys.readouterr().err

@@ -189,6 +189,16 @@ class Config:
     """mirror the log to Weights & Biases; WANDB_MODE=offline works"""
     wandb_project: str = "mlc"
     """project at Weights & Biases"""
+    wandb_group: str = ""
+    """group of runs there"""
+    wandb_tags: list[str] = field(default_factory=list)
+    """tag there; may be repeated"""
+    wandb_mode: Literal["", "online", "offline", "disabled"] = ""
+    """instead of WANDB_MODE; `offline` writes to disk for `wandb sync`"""
+    wandb_artifacts: bool = False
+    """upload the best weights at the end"""
+    log_tensorboard: bool = False
+    """write the log for TensorBoard, to tensorboard/ in the run (pip install "mlc[tensorboard]")"""
 
     def __post_init__(self):
         for message in _impossible(self):

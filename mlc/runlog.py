@@ -3,7 +3,6 @@
 import csv
 import json
 import resource
-import secrets
 import sys
 import time
 import zlib
@@ -22,6 +21,7 @@ from mlc.clock import Clock
 from mlc.config import Config
 from mlc.data.dataset import Batch
 from mlc.flags import write_yaml
+from mlc.mirrors import Mirror, open_mirrors
 from shards.dataset import Index
 
 
@@ -31,7 +31,7 @@ class RunLog:
     def __init__(self, folder: Path, config: Config, *, enabled: bool, resumed_step: int | None):
         self.folder, self.enabled = folder, enabled
         self._console = Console(stderr=True, soft_wrap=True, highlight=False)
-        self._wandb = None
+        self._mirrors: list[Mirror] = []
         if not enabled:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -39,8 +39,7 @@ class RunLog:
         self._path = folder / "log.jsonl"
         self._keep_until(-1 if resumed_step is None else resumed_step)
         self._file = self._path.open("a", buffering=1)
-        if config.log_wandb:
-            self._wandb = open_wandb(folder, config)
+        self._mirrors = open_mirrors(folder, config, self.say, resumed_step)
 
     def _keep_until(self, step: int) -> None:
         """Drops what was logged after the step that is resumed from: it is about to happen again."""
@@ -54,8 +53,8 @@ class RunLog:
         if not self.enabled:
             return
         self._file.write(json.dumps(values) + "\n")
-        if self._wandb:
-            self._wandb.log(values)
+        for mirror in self._mirrors:
+            mirror.write(values)
         if any(name.startswith("val") for name in values):
             write_summary(self.folder)
 
@@ -64,11 +63,12 @@ class RunLog:
         if self.enabled:
             self._console.print(text, markup=False)
 
-    def close(self) -> None:
+    def close(self, **final: float) -> None:
+        """`final`: what the run came to, for the summaries elsewhere."""
         if self.enabled:
             self._file.close()
-        if self._wandb:
-            self._wandb.finish()
+        for mirror in self._mirrors:
+            mirror.close(final)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -95,25 +95,6 @@ def write_summary(folder: Path) -> None:
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-
-
-def open_wandb(folder: Path, config: Config):
-    """The run at Weights & Biases: one run for one folder, also after a resume (its id lies in the folder)."""
-    import wandb
-
-    file = folder / "wandb_id"
-    if not file.exists():
-        file.write_text(secrets.token_hex(4))
-    run = wandb.init(
-        project=config.wandb_project,
-        name=folder.name,
-        id=file.read_text().strip(),
-        resume="allow",
-        dir=str(folder),
-        config=vars(config),
-    )
-    run.define_metric("*", step_metric="step")
-    return run
 
 
 class Meter:

@@ -286,7 +286,7 @@ def train(config: Config) -> int:
         if best:
             log.say(f"best {config.eval_metric} {best[config.eval_metric]:.4f} at step {progress['best_step']}")
         log.say(f"done; weights in {folder / ('best' if best else 'last')}")
-    log.close()
+    log.close(**{f"best/{name}": value for name, value in (progress["best"] or {}).items()})
     accelerator.end_training()
     return 0
 

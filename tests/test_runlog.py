@@ -1,5 +1,4 @@
 import csv
-import json
 
 import pytest
 
@@ -43,25 +42,6 @@ def test_other_ranks_write_nothing(tmp_path):
     log.say("hello")
     log.close()
     assert not (tmp_path / "run").exists()
-
-
-def test_wandb_offline_is_one_run_through_a_resume(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    config = Config(log_wandb=True)
-    ids = []
-    for resumed, steps in ((None, range(1, 5)), (4, range(5, 9))):
-        log = RunLog(tmp_path, config, enabled=True, resumed_step=resumed)
-        ids.append(log._wandb.id)
-        write_steps(log, steps)
-        log.close()
-    assert ids[0] == ids[1] == (tmp_path / "wandb_id").read_text()
-    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 2  # two files of one id, which `wandb sync` joins
-    assert [
-        line["step"]
-        for line in map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
-        if "train/loss" in line
-    ] == list(range(1, 9))
 
 
 @pytest.mark.parametrize("seconds, text", [(3, "3s"), (200, "3m20s"), (3840, "1h04m")])

@@ -14,6 +14,7 @@ VERBS = {
     "train": ("mlc.train", "train (the same as train.py)"),
     "eval": ("mlc.evaluate", "score a run on a split that has labels"),
     "predict": ("mlc.predict", "predict a split or a folder of images, with test-time augmentation"),
+    "slurm": ("mlc.slurm", "submit a training, a prediction or all folds to Slurm"),
     "recipes": ("mlc.recipes", "list the recipes for `-c`"),
 }
 

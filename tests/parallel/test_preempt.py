@@ -1,10 +1,22 @@
+import math
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
+from conftest import ROOT
 
 from mlc.parallel import preempt
-from mlc.parallel.preempt import StopFlag
+from mlc.parallel.preempt import StopFlag, allocation_end
+from shards.console import UserError
+
+
+@pytest.fixture(autouse=True)
+def no_slurm(monkeypatch):
+    for name in ("SLURM_JOB_END_TIME", "MLC_STOP_BEFORE_END", "MLC_KEEP_STOP"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -15,19 +27,94 @@ def test_a_signal_raises_the_flag(tmp_path, number):
     assert stop.check()
 
 
-def test_a_second_interrupt_stops_now(tmp_path):
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_interrupt_stops_now(tmp_path, second):
     stop = StopFlag(tmp_path, watches_file=False)
     os.kill(os.getpid(), signal.SIGINT)
     assert stop.check()
     with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), second)
+
+
+def test_one_interrupt_of_a_run_that_is_stopping_already_lets_it_save(tmp_path):
+    stop = StopFlag(tmp_path, watches_file=False)
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGUSR1):
+        os.kill(os.getpid(), number)
+    assert stop.check()
+
+
+def test_a_third_interrupt_does_not_wait_for_python(tmp_path):
+    """A process that holds on in a `finally`, as one does whose peers have gone."""
+    code = (
+        "import sys, time; from pathlib import Path; from mlc.parallel.preempt import StopFlag\n"
+        "stop = StopFlag(Path(sys.argv[1]), watches_file=False)\n"
+        "try:\n"
+        "    while True: print('step', flush=True); time.sleep(0.05)\n"
+        "finally:\n"
+        "    print('interrupted', flush=True); time.sleep(60)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert process.stdout.readline() == b"step\n"
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    while process.stdout.readline() != b"interrupted\n":
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == -signal.SIGINT
+
+
+def ticking(monkeypatch):
+    """A clock that is two seconds further at each look."""
+    clock = iter(range(100, 200, 2))
+    monkeypatch.setattr(preempt.time, "monotonic", lambda: next(clock))
 
 
 def test_a_stop_file_raises_the_flag_and_an_old_one_does_not(tmp_path, monkeypatch):
     (tmp_path / "STOP").touch()
     stop = StopFlag(tmp_path, watches_file=True)
-    clock = iter(range(100, 200, 2))
-    monkeypatch.setattr(preempt.time, "monotonic", lambda: next(clock))
+    ticking(monkeypatch)
     assert not stop.check()
     (tmp_path / "STOP").touch()
     assert stop.check()
+    stop.clear()
+    assert not (tmp_path / "STOP").exists() and stop.check()
+
+
+def test_a_stop_file_that_came_during_the_start_counts_under_slurm(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLC_KEEP_STOP", "1")
+    (tmp_path / "STOP").touch()
+    ticking(monkeypatch)
+    assert StopFlag(tmp_path, watches_file=True).check()
+    assert not StopFlag(tmp_path, watches_file=False).check()
+
+
+def test_the_end_of_the_allocation_raises_the_flag(tmp_path, monkeypatch):
+    now = 1_000_000.0
+    monkeypatch.setattr(preempt.time, "time", lambda: now)
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(now) + 3600))
+    stop = StopFlag(tmp_path, watches_file=False)
+    ticking(monkeypatch)
+    now += 3299
+    assert not stop.check()
+    now += 1
+    assert stop.check()
+
+
+@pytest.mark.parametrize(
+    "left, before, expected", [(3600, "", 3300), (3600, "60", 3540), (600, "", 450), (60, "300", 45), (-5, "", -5)]
+)
+def test_when_an_allocation_is_left(monkeypatch, left, before, expected):
+    monkeypatch.setattr(preempt.time, "time", lambda: 1_000_000.0)
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(1_000_000 + left))
+    monkeypatch.setenv("MLC_STOP_BEFORE_END", before)
+    assert allocation_end() == 1_000_000 + expected
+
+
+def test_outside_of_slurm_there_is_no_end(monkeypatch):
+    assert allocation_end() == math.inf
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "soon")
+    with pytest.raises(UserError, match="SLURM_JOB_END_TIME=soon is not a number of seconds"):
+        allocation_end()

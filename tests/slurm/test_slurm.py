@@ -1,0 +1,194 @@
+"""A real Slurm stops, cuts and cancels runs; each goes on and ends as the one that nobody touched."""
+
+import csv
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from cluster import alive, freeze, output, ranks, started, thaw
+from conftest import TINY, log_of, run
+
+from mlc import predict
+from mlc.parallel import checkpoint
+
+pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
+
+STEPS = 30
+SAMPLES = 100  # of the training split
+TWO_NODES = ["--nodes=2", "--gpus-per-node=1", "--cpus-per-task=1"]  # a process on each
+ONE_NODE = ["--nodes=1", "--gpus-per-node=2", "--cpus-per-task=2"]  # two processes on it
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with started() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def data(demo_csv, tmp_path_factory) -> Path:
+    """The demo data in two folds."""
+    from shards import pack
+
+    folder = tmp_path_factory.mktemp("folds") / "shards"
+    source = ["--csv", str(demo_csv / "train.csv"), "--images", str(demo_csv / "images")]
+    tests = ["--test-csv", str(demo_csv / "test.csv")]
+    pack.main([*source, *tests, "--val-fraction", "0.2", "--folds", "2", "--out", str(folder), "-j", "1"])
+    return folder
+
+
+def arguments(data: Path, output: Path, *more: str, name: str = "run") -> list[str]:
+    """Steps of 16 samples, several epochs of them, with a checkpoint at every fifth."""
+    run = ["--data", str(data), "--output", str(output), "--experiment", name, "-b", "8", "-j", "0"]
+    every = ["--eval-every", "10st", "--checkpoint-every", "5st", "--log-interval", "1", "--max-steps", str(STEPS)]
+    return [*TINY, *run, *every, "--global-batch-size", "16", "--mixup", "0.4", *more]
+
+
+@pytest.fixture(scope="module")
+def untouched(data, tmp_path_factory) -> list[dict]:
+    """The log of two processes that nobody stopped, without Slurm."""
+    folder = tmp_path_factory.mktemp("untouched")
+    run("train.py", *arguments(data, folder), processes=2)
+    return comparable(log_of(folder / "run"))
+
+
+def comparable(log: list[dict]) -> list[dict]:
+    timed = ("train/img_per_sec", "data/wait_frac", "sys/mem_gb", "ckpt/blocked_s", "ckpt/write_s")
+    return [{name: value for name, value in line.items() if name not in timed} for line in log]
+
+
+def sbatch(cluster, folder: Path, script: str, *argv: str, options: list[str] = ONE_NODE) -> str:
+    return cluster.sbatch(f"--output={folder}/%x-%j.out", *options, f"slurm/{script}.sbatch", *argv)
+
+
+@pytest.fixture(scope="module")
+def cut(cluster, data, tmp_path_factory) -> tuple[Path, str]:
+    """A job that hangs at step 12 until its limit of two minutes is over. It takes that long, so it is begun early."""
+    folder = tmp_path_factory.mktemp("cut")
+    limit = [*ONE_NODE, "--time=2", "--signal=B:USR1@1"]
+    number = sbatch(cluster, folder, "train", *arguments(data, folder), options=limit)
+    freeze(folder / "run", at_step=12)
+    return folder, number
+
+
+def test_a_preempted_job_requeues_itself_and_ends_like_one_that_was_not(cluster, cut, data, untouched, tmp_path):
+    number = sbatch(cluster, tmp_path, "train", *arguments(data, tmp_path), options=TWO_NODES)
+    held = freeze(tmp_path / "run", at_step=7)
+    assert len(held) == 2 and cluster.job(number)["NumNodes"] == "2"
+    cluster("scancel", "--signal=USR1", "--batch", number)
+    wait_until((tmp_path / "run" / "STOP").exists)
+    thaw(held)
+
+    cluster.wait(number, "PENDING")
+    stopped = checkpoint.read_meta(checkpoint.find("auto", tmp_path / "run"))["progress"]
+    assert 7 <= stopped["step"] < STEPS and stopped["samples_seen"] % SAMPLES  # in mid-epoch
+    cluster("scontrol", "update", f"JobId={number}", "StartTime=now")  # Slurm lets a requeued job wait two minutes
+    job = cluster.wait(number, "COMPLETED")
+    assert job["Restarts"] == "1"
+    printed = output(job)
+    assert "back into the queue" in printed and f"step {stopped['step']}, " in printed  # appended to, not replaced
+    assert comparable(log_of(tmp_path / "run")) == untouched
+    assert not (tmp_path / "run" / "STOP").exists()
+
+
+def wait_until(true, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_scancel_in_mid_checkpoint_leaves_the_last_good_one(cluster, data, untouched, tmp_path):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    number = sbatch(cluster, tmp_path, "train", *arguments(data, tmp_path))
+    wait_until(lambda: checkpoint.complete(checkpoints), seconds=60)
+    processes = ranks(tmp_path / "run")
+    while True:  # until they were caught while they write
+        wait_until(lambda: unfinished(checkpoints))
+        for process in processes:
+            process.suspend()
+        if unfinished(checkpoints):
+            break
+        thaw(processes)
+    good = checkpoint.complete(checkpoints)[-1]
+    cancelled = threading.Thread(target=hold_until_killed, args=[processes])
+    cancelled.start()
+    cluster("scancel", number)
+    cancelled.join()
+    job = cluster.wait(number, "CANCELLED")
+    assert unfinished(checkpoints) and checkpoint.find("auto", tmp_path / "run") == good
+    assert "back into the queue" not in output(job)
+
+    job = cluster.wait(sbatch(cluster, tmp_path, "train", *arguments(data, tmp_path)), "COMPLETED")
+    assert f"resumed from {good}" in output(job)
+    assert comparable(log_of(tmp_path / "run")) == untouched
+    assert not unfinished(checkpoints)
+
+
+def hold_until_killed(processes: list[psutil.Process], seconds: float = 30) -> None:
+    """As a disk that hangs: Slurm wakes up what it cancels, and kills it some seconds later."""
+    deadline = time.monotonic() + seconds
+    while processes:
+        assert time.monotonic() < deadline
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.suspend()
+        processes = [process for process in processes if alive(process)]
+        time.sleep(0.001)
+
+
+def unfinished(checkpoints: Path) -> list[Path]:
+    """Folders that are no checkpoints yet."""
+    return [path for path in checkpoints.glob("*step-*") if path.is_dir() and not (path / checkpoint.META).exists()]
+
+
+def test_each_fold_is_a_run(cluster, data, tmp_path):
+    """Rendered and submitted by `mlc slurm`."""
+    own = ["--folds", "2", "--cpus", "1", "--local", str(tmp_path / "local"), "--sbatch=--parsable"]
+    more = ["--max-steps", "4", "--checkpoint-every", "1ep"]
+    said = cluster("mlc", "slurm", "kfold", *own, "--", *arguments(data, tmp_path, *more, name="cv"))
+    number = said.split()[-1]
+    for fold in (0, 1):
+        job = cluster.wait(f"{number}_{fold}", "COMPLETED")
+        assert "done; weights in" in output(job)
+        folder = tmp_path / f"cv-fold{fold}"
+        assert yaml.safe_load((folder / "args.yaml").read_text())["fold"] == fold
+        assert (folder / "best" / "model.safetensors").exists()
+    first, second = (log_of(tmp_path / f"cv-fold{fold}") for fold in (0, 1))
+    assert first[0]["train/loss"] != second[0]["train/loss"]  # other samples
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cv-fold0", "cv-fold1", "cv-kfold", "local"]
+    assert list((tmp_path / "local" / "shards").glob("*.tar"))
+
+
+def test_a_job_cut_by_its_time_limit_goes_on_when_it_is_submitted_again(cluster, cut, data, untouched):
+    folder, number = cut
+    cluster.wait(number, "TIMEOUT", seconds=240)
+    wait_until(lambda: not ranks(folder / "run"))
+    kept = checkpoint.read_meta(checkpoint.find("auto", folder / "run"))["progress"]["step"]
+    assert 10 <= kept < STEPS  # its last checkpoint, or a later one if there was time between SIGTERM and SIGKILL
+    job = cluster.wait(sbatch(cluster, folder, "train", *arguments(data, folder)), "COMPLETED")
+    assert f"step {kept}, " in output(job)
+    assert comparable(log_of(folder / "run")) == untouched
+
+
+def test_prediction_on_two_nodes_is_the_prediction_of_one_process(cluster, cut, data, tmp_path):
+    """Of a run that another test has finished."""
+    folder, _ = cut
+    argv = ["--run", str(folder / "run"), "--data", str(data), "--split", "test", "-j", "0", "-b", "8"]
+    number = sbatch(cluster, tmp_path, "predict", *argv, "--out", str(tmp_path / "two"), options=TWO_NODES)
+    predict.main([*argv, "--out", str(tmp_path / "one")])
+    job = cluster.wait(number, "COMPLETED")
+    one, two = ((tmp_path / name / "test.csv").read_text() for name in ("one", "two"))
+    assert one == two, output(job)
+    assert len(list(csv.reader(one.splitlines()))) > 10
+
+
+def test_a_mistake_in_the_command_ends_the_job_before_any_training(cluster, data, tmp_path):
+    number = sbatch(cluster, tmp_path, "train", *arguments(data, tmp_path, "--epoch", "3"))
+    job = cluster.wait(number, "FAILED")
+    assert job["ExitCode"] == "2:0" and "did you mean --epochs" in output(job)
+    assert not (tmp_path / "run").exists()

@@ -14,6 +14,8 @@ VERBS = {
     "train": ("mlc.train", "train (the same as train.py)"),
     "eval": ("mlc.evaluate", "score a run on a split that has labels"),
     "predict": ("mlc.predict", "predict a split or a folder of images, with test-time augmentation"),
+    "ckpt": ("mlc.ckpt", "list, check, export or delete the checkpoints of a run"),
+    "plan": ("mlc.plan", "estimate memory, time and checkpoints of a run on any number of GPUs"),
     "slurm": ("mlc.slurm", "submit a training, a prediction or all folds to Slurm"),
     "recipes": ("mlc.recipes", "list the recipes for `-c`"),
 }

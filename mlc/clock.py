@@ -1,10 +1,14 @@
-"""Everything that depends on how far a run is, as functions of `samples_seen`; durations are converted once, here."""
+"""Everything that depends on how far a run is, as functions of `samples_seen`; durations are converted once, here.
+
+The one thing that hangs on the wall clock is when a checkpoint is due (`10min`): it changes nothing that is computed.
+"""
 
 import functools
 import math
+import time
 
 from mlc.config import Config, flag
-from mlc.optim.schedule import lr_at, parse_duration
+from mlc.optim.schedule import lr_at, parse_duration, parse_minutes
 from shards.console import UserError
 
 
@@ -22,7 +26,11 @@ class Clock:
         self.epoch_samples, self.global_batch = epoch_samples, global_batch
         self.steps = config.max_steps or max(1, math.ceil(config.epochs * epoch_samples / global_batch))
         self.total = self.steps * global_batch
-        self._every = {name: self._samples(config, name) for name in ("eval_every", "checkpoint_every", "decay_every")}
+        self._minutes, self._last_due = parse_minutes(config.checkpoint_every), time.monotonic()
+        recurring = (
+            ("eval_every", "decay_every") if self._minutes else ("eval_every", "checkpoint_every", "decay_every")
+        )
+        self._every = {name: self._samples(config, name) for name in recurring}
         self.mixup_off = self._samples(config, "mixup_off") if config.mixup_off else math.inf
         self.lr = functools.partial(
             lr_at,
@@ -50,6 +58,16 @@ class Clock:
         return samples_seen / self.epoch_samples
 
     def passed(self, event: str, samples_seen: int) -> bool:
-        """Whether the last step reached or crossed a multiple of the event's interval."""
-        every = self._every[event]
+        """Whether the last step reached or crossed a multiple of the event's interval; never, if that is in minutes."""
+        every = self._every.get(event, math.inf)
         return samples_seen // every > (samples_seen - self.global_batch) // every
+
+    def checkpoint_due(self) -> bool:
+        """Whether the minutes of `--checkpoint-every` have passed since this was last true.
+
+        Clocks differ: one process asks, and all act on its answer.
+        """
+        if not self._minutes or time.monotonic() - self._last_due < 60 * self._minutes:
+            return False
+        self._last_due = time.monotonic()
+        return True

@@ -2,7 +2,7 @@
 
 The text under a field is its `--help`; the banners are its help groups. Names and meanings are timm's where timm has
 the flag. Durations are written `2ep`, `500st` or `10000ex` (epochs, optimizer steps, examples); a bare number counts
-epochs.
+epochs. Only checkpoints may hang on the wall clock: `10min`.
 """
 
 from collections.abc import Iterator
@@ -69,10 +69,15 @@ class Config:
     """stochastic depth, rate at the last block"""
     grad_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third slower"""
+    compile: bool = False
+    """torch.compile the model's blocks: the first step takes minutes, the others less"""
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     """more arguments of the timm model, as k=v, e.g. --model-kwargs embed_dim=48 'depths=[2,2,2]'"""
 
     # ---- Batch and length ----
+    strategy: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"
+    """what the devices divide among them: `ddp` the batch; `fsdp2`, `zero3` weights, gradients and optimizer state too;
+    `zero2` gradients and optimizer state; `zero1` optimizer state; `auto` takes the accelerate configuration's"""
     batch_size: int = 32
     """samples per device and forward pass"""
     global_batch_size: int | None = None
@@ -172,11 +177,19 @@ class Config:
     threshold: float = 0.5
     """a class is predicted above this probability (the tuned threshold is reported as well)"""
     checkpoint_every: str = "1ep"
-    """duration between checkpoints; one more at the end and at a stop"""
+    """duration between checkpoints, also in minutes (10min); one more at the end and at a stop"""
     checkpoint_hist: int = 2
     """checkpoints kept"""
+    checkpoint_async: bool = True
+    """write checkpoints in the background; costs host memory for a copy of what this process writes"""
+    checkpoint_dir: str = ""
+    """keep the checkpoints of this run in DIR/NAME instead of the run's folder; DIR may be a URL: s3://bucket/runs"""
     resume: str = ""
-    """`auto`: go on from the newest checkpoint of this run if there is one; or a path of a checkpoint or a run"""
+    """`auto`: go on from the newest sound checkpoint of this run if there is one; or the path of a checkpoint or run"""
+    resume_weights_only: bool = False
+    """start at step 0 from the weights (and their average) of --resume PATH"""
+    allow_data_change: bool = False
+    """go on although the data set, or which samples come how often, is another than the checkpoint's"""
 
     # ---- Run and log ----
     output: str = "runs"
@@ -227,6 +240,8 @@ def _impossible(c: Config) -> Iterator[str]:
         yield f"--max-steps must be at least 1, not {c.max_steps}"
     if c.pretrained and c.pretrained_path:
         yield "--pretrained and --pretrained-path exclude each other; keep one"
+    if c.resume_weights_only and c.resume in ("", "auto"):
+        yield "--resume-weights-only needs --resume PATH, the checkpoint or run whose weights to start from"
     if c.kd_alpha and not c.kd_teacher and c.kd_alpha != Config.kd_alpha:
         yield f"--kd-alpha {c.kd_alpha} needs --kd-teacher"
 

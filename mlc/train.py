@@ -8,7 +8,6 @@ therefore restores weights, optimizer state and that integer, and goes on as if 
 import functools
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from mlc import resume
 from mlc.clock import Clock
 from mlc.config import Config
 from mlc.data.dataset import BadSamples, Batch, EvalDataset, TrainDataset
@@ -30,14 +30,14 @@ from mlc.flags import read_config
 from mlc.inference import logits_of_rows, probabilities
 from mlc.metrics import multilabel, thresholds
 from mlc.models.build import build_model
-from mlc.models.export import export
+from mlc.models.export import export, timm_config
 from mlc.models.heads import init_head_bias
 from mlc.models.teacher import Teacher
 from mlc.optim.distill import combine, distill_loss
 from mlc.optim.ema import Ema, decay_at
 from mlc.optim.losses import LOSSES, smooth
 from mlc.optim.param_groups import param_groups
-from mlc.parallel import checkpoint, launch
+from mlc.parallel import checkpoint, launch, storage, strategy
 from mlc.parallel.preempt import StopFlag
 from mlc.runlog import Meter, RunLog, SampleLog, evaluation_line, memory_gb, training_line
 from shards.console import UserError
@@ -53,10 +53,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(config: Config) -> int:
     # ---- Launch ------------------------------------------------------------------------------------------------------
-    accelerator = launch.start(config.amp_dtype)
+    choice = strategy.choose(config.strategy)
+    accelerator = launch.start(config.amp_dtype, group=choice.divided)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     folder = Path(config.output) / (config.experiment or f"{config.model}-{config.img_size}")
-    resume_from = checkpoint.find(config.resume, folder)
+    start = resume.find(config, folder)
     if not config.resume and (folder / "log.jsonl").exists():
         raise UserError(f"{folder} holds a run already; --resume auto goes on with it, or choose another --experiment")
 
@@ -87,7 +88,8 @@ def train(config: Config) -> int:
         init_head_bias(model, (sampler.expected_frequencies() * samples + 1) / (samples + 2))
     mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
     transform = train_transform(config, mean)
-    bare = model.to(device)  # what is averaged, evaluated and saved; `model` may get wrappers
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    bare = model.to(device)  # what is averaged, evaluated and saved; the strategy may wrap it for training
     ema = Ema(bare) if config.model_ema else None
     averaged = ema.module if ema else None
     teacher = None
@@ -99,34 +101,56 @@ def train(config: Config) -> int:
         loss_fn = functools.partial(loss_fn, gamma=config.focal_gamma, alpha=alpha)
 
     # ---- Optimizer ---------------------------------------------------------------------------------------------------
-    groups = param_groups(bare, config.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.opt_betas, eps=config.opt_eps)
-    saved = {"model": bare, "optimizer": optimizer, "ema": averaged}
-    model, optimizer = accelerator.prepare(bare, optimizer)
+    def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
+        groups = param_groups(model, config.weight_decay)
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.opt_betas, eps=config.opt_eps)
+
+    if config.compile:
+        strategy.compile_blocks(bare)
+    divided = strategy.divide(
+        choice,
+        accelerator,
+        bare,
+        averaged,
+        make_optimizer,
+        clip=config.clip_grad,
+        batch_size=plan.batch_size,
+        accumulation=plan.accumulation,
+    )
+    model = divided.model
 
     # ---- Resume ------------------------------------------------------------------------------------------------------
     # 1. weights  2. optimizer state  3. EMA  4. step, samples_seen and the best value; all else is a function of 4.
     progress = {"step": 0, "samples_seen": 0, "best": None, "best_step": None, "bad": {}}
-    if resume_from:
-        meta = checkpoint.read_meta(resume_from)
-        refuse_another_run(meta, config, data_identity(sources), resume_from)
-        checkpoint.load(resume_from, **saved)
-        progress = meta["progress"]
+    facts = {"global_batch": plan.global_batch, "world_size": world, "strategy": choice.name}
+    facts |= {"versions": {"torch": torch.__version__}}
+    if start.checkpoint:
+        meta = storage.read_meta(start.checkpoint)
+        identity = data_identity(sources)
+        resume.compare(meta, config, start=start, data=identity, classes=dataset.classes, facts=facts)
+        then = meta.get("strategy", "ddp")
+        strategy.refuse_other_files(then, choice.name, path=start.checkpoint, weights_only=start.weights_only)
+        if start.weights_only:
+            checkpoint.load_weights(start.checkpoint, model=bare, ema=averaged)
+        else:
+            checkpoint.load(start.checkpoint, **divided.saved)
+            progress = meta["progress"]
     step, samples_seen = progress["step"], progress["samples_seen"]
 
     # ---- Logs --------------------------------------------------------------------------------------------------------
-    log = RunLog(folder, config, enabled=accelerator.is_main_process, resumed_step=step if resume_from else None)
-    parameters = sum(p.numel() for p in bare.parameters()) / 1e6
+    log = RunLog(folder, config, enabled=accelerator.is_main_process, resumed_step=step if start.checkpoint else None)
     log.say(f"{config.model} at {config.img_size} px, {parameters:.1f} M parameters, on {device.type}")
     log.say(
         f"{sampler.epoch_samples} training samples an epoch, {len(dataset.classes)} classes; autocast "
-        f"{accelerator.mixed_precision}"
+        f"{accelerator.mixed_precision}, {choice.name}"
     )
     for text in sources.describe():
         log.say(text)
     log.say(f"{plan}; {clock.steps} steps = {clock.epoch(clock.total):.2f} epochs")
-    if resume_from:
-        log.say(f"resumed from {resume_from}: step {step}, {samples_seen} samples seen")
+    for text in start.notices:
+        log.say(text)
+    if start.checkpoint and not start.weights_only:
+        log.say(f"resumed from {start.checkpoint}: step {step}, {samples_seen} samples seen")
     if samples_seen >= clock.total:
         log.say(f"{folder} is finished at {samples_seen} of {clock.total} samples; more --epochs or --max-steps go on")
         return 0
@@ -137,6 +161,8 @@ def train(config: Config) -> int:
         )
     bad, val_bad = BadSamples(config.max_bad_samples, progress["bad"]), BadSamples(config.max_bad_samples)
     stop = StopFlag(folder, watches_file=accelerator.is_main_process)
+    root = resume.checkpoint_root(config.checkpoint_dir, folder)
+    saver = checkpoint.Saver(root, keep=config.checkpoint_hist, background=config.checkpoint_async, say=log.say)
 
     # ---- Evaluation and checkpoints ----------------------------------------------------------------------------------
     def evaluate_and_keep_best() -> None:
@@ -155,42 +181,50 @@ def train(config: Config) -> int:
         keep("last", weights[last], results[last])
 
     def keep(which: str, weights: torch.nn.Module, result: dict[str, float] | None) -> None:
+        state = strategy.full_state(weights)
         if not accelerator.is_main_process:
             return
-        export(
-            weights,
-            folder / which,
-            architecture=bare.pretrained_cfg["architecture"],
-            model_args=config.model_kwargs | {"img_size": config.img_size},
-            num_classes=len(dataset.classes),
-            label_names=dataset.classes,
-            img_size=config.img_size,
-            mean=mean,
-            std=std,
-            crop=config.val_crop,
-            crop_pct=config.crop_pct,
-            extra={"step": step, "data": sources.fingerprint},
-        )
+        export(weights, folder / which, state=state, **described())
         threshold, value = (result["threshold"], result["f1_samples@tuned"]) if result else (config.threshold, math.nan)
         thresholds.save(folder / which / "thresholds.json", metric="f1_samples", threshold=threshold, value=value)
+
+    def described() -> dict[str, Any]:
+        return {
+            "architecture": bare.pretrained_cfg["architecture"],
+            "model_args": config.model_kwargs | {"img_size": config.img_size},
+            "num_classes": len(dataset.classes),
+            "label_names": dataset.classes,
+            "img_size": config.img_size,
+            "mean": mean,
+            "std": std,
+            "crop": config.val_crop,
+            "crop_pct": config.crop_pct,
+            "extra": {"step": step, "data": sources.fingerprint},
+        }
 
     def save_checkpoint() -> None:
         launch.same_buffers(bare, averaged)
         progress.update(step=step, samples_seen=samples_seen, bad=bad.known)
         meta = {
             "progress": progress,
+            "epoch": clock.epoch(samples_seen),
             "config": vars(config),
             "data": data_identity(sources),
             "classes": dataset.classes,
-            "global_batch": plan.global_batch,
-            "world_size": world,
-            "versions": {"torch": torch.__version__},
+            "export": timm_config(bare, **described()),
+            **facts,
         }
-        checkpoint.save(folder / "checkpoints" / f"step-{step:08d}", meta, **saved)
-        if accelerator.is_main_process:
-            checkpoint.prune(folder / "checkpoints", config.checkpoint_hist)
+        saver.save(step, meta, **divided.saved)
 
     # ---- Loop --------------------------------------------------------------------------------------------------------
+    def refuse_non_finite(grad_norm: torch.Tensor) -> None:
+        if not math.isfinite(grad_norm) and accelerator.scaler is None:
+            raise UserError(
+                f"step {step + 1}: the gradient is {float(grad_norm)}; the weights were not changed, the last "
+                "checkpoint is good. Try a lower --lr, --clip-grad 1 or --amp-dtype bf16 and --resume auto; "
+                "--log-samples FILE names the images of each step"
+            )
+
     stream = TrainDataset(sampler, sources.readers, transform, config.seed, max_bad=config.max_bad_samples)
     positions = train_positions(samples_seen, clock.total, plan, rank)
     batches = Waiting(load(stream, positions, workers=config.workers, device=device), device)
@@ -200,7 +234,7 @@ def train(config: Config) -> int:
     model.train()
     while samples_seen < clock.total:
         lr = clock.lr(samples_seen)
-        for group in optimizer.param_groups:
+        for group in divided.optimizer.param_groups:
             group["lr"] = lr
         step_loss = torch.zeros((), device=device)
         for micro in range(plan.accumulation):
@@ -210,7 +244,7 @@ def train(config: Config) -> int:
             launch.seed_everything(int(hash64(config.seed, DROPOUT, step, rank, micro)[0]) >> 1)
             image, target, lam = prepare(batch, config, mean, std, mixing=samples_seen < clock.mixup_off)
             last = micro == plan.accumulation - 1
-            with nullcontext() if last else accelerator.no_sync(model):
+            with divided.accumulate(last):
                 with accelerator.autocast():
                     logits = model(image)
                     teacher_logits = teacher(image) if teacher else None
@@ -218,34 +252,27 @@ def train(config: Config) -> int:
                 if teacher:
                     loss = combine(loss, distill_loss(logits, teacher_logits, config.kd_temp), config.kd_alpha)
                 loss = loss.sum() / elements
-                accelerator.backward(loss * world)  # DDP takes the mean over ranks of what should be a sum
+                divided.backward(loss * world)  # it takes the mean over ranks of what should be a sum
             batches.prepare()
             step_loss += loss.detach()
             if sample_log:
                 sample_log.add(batch, lam)
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
-        if not math.isfinite(grad_norm) and accelerator.scaler is None:
-            raise UserError(
-                f"step {step + 1}: the gradient is {float(grad_norm)}; the weights were not changed, the last "
-                "checkpoint is good. Try a lower --lr, --clip-grad 1 or --amp-dtype bf16 and --resume auto; "
-                "--log-samples FILE names the images of each step"
-            )
-        optimizer.step()
-        optimizer.zero_grad()
+        grad_norm = divided.step(refuse_non_finite)
         step, samples_seen = step + 1, samples_seen + plan.global_batch
         if ema:
             ema.update(bare, decay_at(step, config.model_ema_decay, config.model_ema_warmup))
         if sample_log:
             sample_log.write(step)
 
-        # The stop flag and the number of bad samples ride on the loss's all-reduce. They are read one step later, on
-        # all ranks alike, when they have arrived anyway, so that nobody waits for the device.
-        arrived = [0.0, 0.0, 0.0] if in_flight is None else in_flight.tolist()
-        riders = torch.tensor([stop.check(), len(met)], dtype=torch.float32, device=device)
+        # The stop flag, the number of bad samples and rank 0's clock ride on the loss's all-reduce. They are read one
+        # step later, on all ranks alike, when they have arrived anyway, so that nobody waits for the device.
+        arrived = [0.0] * 4 if in_flight is None else in_flight.tolist()
+        due = accelerator.is_main_process and clock.checkpoint_due()
+        riders = torch.tensor([stop.check(), len(met), due], dtype=torch.float32, device=device)
         in_flight = launch.all_sum(torch.cat([step_loss[None], riders]))
         stopping = arrived[1] > 0
         at_end = samples_seen >= clock.total
-        saving = at_end or stopping or clock.passed("checkpoint_every", samples_seen)
+        saving = at_end or stopping or arrived[3] > 0 or clock.passed("checkpoint_every", samples_seen)
         if arrived[2] > 0 or (saving and in_flight[2].item() > 0):
             for text in bad.add(gather_object(met)):
                 log.say(text)
@@ -266,6 +293,7 @@ def train(config: Config) -> int:
                 "data/wait_frac": batches.take_seconds() / seconds,
                 "data/bad_samples": len(bad),
                 "sys/mem_gb": memory_gb(device),
+                **saver.take_seconds(),
             }
             log.write(**line)
             log.say(training_line(line, clock))
@@ -278,6 +306,8 @@ def train(config: Config) -> int:
                 keep("last", averaged or bare, None)
             if saving:
                 save_checkpoint()
+            if stopping or at_end:
+                saver.finish()
         if stopping and not at_end:
             log.say(f"stopped at step {step}, checkpoint saved; the same command with --resume auto goes on")
             break
@@ -286,6 +316,7 @@ def train(config: Config) -> int:
         if best:
             log.say(f"best {config.eval_metric} {best[config.eval_metric]:.4f} at step {progress['best_step']}")
         log.say(f"done; weights in {folder / ('best' if best else 'last')}")
+        stop.clear()
     log.close(**{f"best/{name}": value for name, value in (progress["best"] or {}).items()})
     accelerator.end_training()
     return 0
@@ -297,16 +328,6 @@ def train(config: Config) -> int:
 def data_identity(sources: Sources) -> dict[str, str]:
     """What must be the same for the stream of samples to go on: the data, and which of it comes how often."""
     return {"data set": sources.fingerprint, "samples": sources.sampler.fingerprint}
-
-
-def refuse_another_run(meta: dict[str, Any], config: Config, data: dict[str, str], path: Path) -> None:
-    """Raises UserError when a checkpoint cannot be gone on from exactly, naming both values."""
-    then, now = meta["config"] | meta["data"], vars(config) | data
-    for name in (*data, "seed", "model", "img_size", "head", "model_kwargs", "model_ema"):
-        if then[name] != now[name]:
-            raise UserError(
-                f"{path} was made with another {name}: {then[name]} then, {now[name]} now; use the same one"
-            )
 
 
 def train_transform(config: Config, mean: Sequence[float]) -> TrainTransform:

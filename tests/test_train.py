@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from mlc.models.build import build_model
 from mlc.models.teacher import Teacher
 from mlc.optim.distill import distill_loss
 from mlc.optim.losses import focal, smooth
-from mlc.parallel import launch
+from mlc.parallel import launch, storage
 from shards.console import UserError
 from shards.console import run as run_verb
 from shards.dataset import load_dataset
@@ -135,13 +136,84 @@ def test_a_gradient_that_is_no_number_stops_before_it_does_harm(shards, tmp_path
     args = argv(shards, tmp_path, "--max-steps", "6", "--checkpoint-every", "1st", "--lr", "1e30", "--no-model-ema")
     assert run_verb(train.main, args) == 2
     assert "the weights were not changed" in capsys.readouterr().err
-    saved = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
-    assert math.isfinite(log_of(tmp_path / "run")[-1]["train/grad_norm"]) and (saved / "meta.json").exists()
+    deadline = time.monotonic() + 30  # the checkpoint in flight is written to its end before a process goes
+    while not (saved := storage.complete(tmp_path / "run" / "checkpoints")) or list(saved[0].parent.glob(".*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert math.isfinite(log_of(tmp_path / "run")[-1]["train/grad_norm"]) and not storage.damage(saved[-1])
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_checkpoints_by_the_wall_clock_and_elsewhere(shards, tmp_path, monkeypatch):
+    """One is due at each step; the ranks act on it a step later."""
+    clock = iter(range(10**6))
+    monkeypatch.setattr("mlc.clock.time.monotonic", lambda: float(next(clock)))
+    more = ["--checkpoint-every", "0.01min", "--checkpoint-hist", "9", "--checkpoint-dir", str(tmp_path / "elsewhere")]
+    assert train.main(argv(shards, tmp_path, "--max-steps", "5", *more)) == 0
+    names = [f"step-{step:08d}" for step in range(2, 6)]
+    assert checkpoints(tmp_path / "elsewhere" / "run") == names and not (tmp_path / "run" / "checkpoints").exists()
+    seconds = [line["ckpt/blocked_s"] for line in log_of(tmp_path / "run") if "ckpt/blocked_s" in line]
+    assert len(seconds) == 3 and all(0 < s < 5 for s in seconds)
+
+
+def test_a_checkpoint_that_cannot_be_written(shards, tmp_path, capsys, monkeypatch):
+    """In the middle it costs a line, at the end it is an error."""
+    begin, failing = storage.begin, ["2", "4"]
+
+    def some_fail(building):
+        if building.name[len(".step-0000000")] in failing:
+            raise OSError(30, "Read-only file system")
+        begin(building)
+
+    monkeypatch.setattr(storage, "begin", some_fail)
+    args = argv(shards, tmp_path, "--checkpoint-every", "2st", "--max-steps", "5", "--no-checkpoint-async")
+    assert run_verb(train.main, args) == 0
+    assert capsys.readouterr().err.count("could not be written: OSError: [Errno 30] Read-only file system") == 2
+    assert checkpoints(tmp_path / "run" / "checkpoints") == ["step-00000005"]
+    failing += ["7"]
+    assert run_verb(train.main, [*args, "--max-steps", "7", "--resume", "auto"]) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: the last checkpoint, of step 7, could not be written to")
+
+
+def test_starting_from_the_weights_of_a_checkpoint(shards, tmp_path, capsys):
+    train.main(argv(shards, tmp_path / "a", "--lr", "1e-2", "--model-ema-decay", "0.5"))
+    old = tmp_path / "a" / "run"
+    more = ["--resume", str(old), "--resume-weights-only", "--seed", "5", "--lr", "1e-12", "--model-ema-decay", "1"]
+    assert train.main(argv(shards, tmp_path / "b", *more, "--no-model-ema-warmup")) == 0
+    assert "training starts anew" in capsys.readouterr().err
+    a, b = (log_of(tmp_path / name / "run") for name in "ab")
+    assert [line["step"] for line in b if "train/loss" in line] == [1, 2, 3]
+    for name in ("val/loss", "val_ema/loss"):
+        assert b[-1][name] == pytest.approx(a[-1][name], rel=1e-5)
+
+
+def test_a_damaged_newest_checkpoint_costs_its_steps_only(shards, tmp_path, capsys):
+    args = argv(shards, tmp_path, "--checkpoint-every", "1st", "--max-steps", "4")
+    assert train.main(args) == 0
+    whole = log_of(tmp_path / "run")
+    part = tmp_path / "run" / "checkpoints" / "step-00000004" / "__0_0.distcp"
+    part.write_bytes(part.read_bytes()[:-1])
+    assert train.main([*args, "--resume", "auto"]) == 0
+    said = capsys.readouterr().err
+    assert "step-00000004 is damaged and left out: __0_0.distcp has" in said and "step-00000003: step 3, 24" in said
+    again = log_of(tmp_path / "run")
+    assert [line["train/loss"] for line in again if "train/loss" in line] == [
+        line["train/loss"] for line in whole if "train/loss" in line
+    ]
+    assert checkpoints(tmp_path / "run" / "checkpoints") == ["step-00000003", "step-00000004"]
 
 
 @pytest.mark.parametrize(
     "more, words",
     [
+        (["--resume-weights-only"], "--resume-weights-only needs --resume PATH"),
+        (["--checkpoint-dir", "s4://bucket"], "s4://bucket: unknown kind of URL"),
+        (["--eval-every", "5min"], "--eval-every: '5min' is no duration"),
+        (["--checkpoint-every", "0min"], "--checkpoint-every: '0min' is no duration"),
         (["--data", "nowhere"], "no data set at nowhere"),
         (["--data", ""], "--data DIR is missing"),
         (["--train-split", "trian"], "no split 'trian'"),

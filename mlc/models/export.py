@@ -13,7 +13,7 @@ from pathlib import Path
 import timm
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from mlc.models.heads import fold
 from shards.console import UserError
@@ -24,9 +24,8 @@ CROP_MODES = {"squish": "squash", "center": "center", "pad": "border"}  # ours -
 _REQUIRED = ("architecture", "num_classes", "label_names", "pretrained_cfg")
 
 
-def export(
+def timm_config(
     model: nn.Module,
-    folder: str | Path,
     *,
     architecture: str,
     model_args: dict,
@@ -38,10 +37,10 @@ def export(
     extra: dict,
     crop: str = "squish",
     crop_pct: float = 1.0,
-) -> None:
-    """Writes `model.safetensors` and `config.json` into `folder`, each whole or not at all.
+) -> dict:
+    """The content of `config.json`.
 
-    model: the bare model from `build_model` or its EMA; an `extra_linear` head is folded into timm's one classifier.
+    model: the bare model from `build_model` or its EMA.
     architecture: timm's name without a tag, `model.pretrained_cfg["architecture"]`.
     model_args: arguments that timm needs to build it again (`img_size` of a backbone that takes none is left out).
     label_names: [num_classes], in the order of the logits.
@@ -51,7 +50,7 @@ def export(
     """
     assert len(label_names) == num_classes, f"{len(label_names)} label names for {num_classes} classes"
     source = model.pretrained_cfg
-    config = {
+    return {
         "architecture": architecture,
         "num_classes": num_classes,
         "label_names": list(label_names),
@@ -71,12 +70,26 @@ def export(
         },
         "mlc": {**extra, "crop": crop},
     }
+
+
+def export(model: nn.Module, folder: str | Path, *, state: dict[str, Tensor] | None = None, **described) -> None:
+    """Writes `model.safetensors` and `config.json` into `folder`, each whole or not at all.
+
+    model: the bare model from `build_model` or its EMA; an `extra_linear` head is folded into timm's one classifier.
+    state: the model's whole state dict, where the model holds only a part of it (FSDP2, ZeRO-3).
+    described: what `timm_config` takes.
+    """
+    config = timm_config(model, **described)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = fold(model.state_dict(), source.get("classifier"))
+    state = fold(model.state_dict() if state is None else state, model.pretrained_cfg.get("classifier"))
     building = folder / f".{_WEIGHTS}"
     save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, building, {"format": "pt"})
     os.replace(building, folder / _WEIGHTS)
+    write_config(config, folder)
+
+
+def write_config(config: dict, folder: Path) -> None:
     building = folder / f".{_CONFIG}"
     building.write_text(json.dumps(config, indent=2) + "\n")
     os.replace(building, folder / _CONFIG)

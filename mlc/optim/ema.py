@@ -1,17 +1,22 @@
 """A moving average of the weights is worth a longer training run, but it is easily lost: matched by name it silently
 stops updating once torch.compile puts `_orig_mod.` in front of every name. Tensors are therefore matched by position.
+
+Where weights are divided among processes (FSDP2, ZeRO-3), the average is divided in the same way, and each process
+averages its own part: nothing is gathered.
 """
 
 from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class Ema:
     """The averaged copy is `ema.module`: in eval mode, without gradients, saved and loaded as any module is.
 
-    Make it from the bare model, once that is on its device and before it is wrapped or compiled.
+    Make it from the bare model, once that is on its device and before it is wrapped, compiled or divided; then let
+    the strategy divide it as it divides the model.
     """
 
     def __init__(self, model: nn.Module):
@@ -39,5 +44,12 @@ def decay_at(step: int, decay: float, warmup: bool) -> float:
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:
-    """Parameters and persistent buffers in order; a tied tensor once, or it would be averaged twice."""
-    return list({id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}.values())
+    """Parameters and persistent buffers in order, this process's part of each; a tied tensor once, or it would be
+    averaged twice."""
+    return [_local(tensor) for tensor in {id(t): t for t in model.state_dict(keep_vars=True).values()}.values()]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    return getattr(tensor, "ds_tensor", tensor)  # DeepSpeed's name for the part of a ZeRO-3 parameter

@@ -29,6 +29,12 @@ def parse_duration(text: str | int | float, *, epoch_samples: int, global_batch:
     return round(number * {"ep": epoch_samples, "st": global_batch, "ex": 1}[unit])
 
 
+def parse_minutes(text: str) -> float | None:
+    """The number in `10min` or `0.5min`, above 0; None for a duration in any other unit."""
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)min", str(text).strip())
+    return float(match[1]) or None if match else None
+
+
 def lr_at(
     samples: int,
     *,

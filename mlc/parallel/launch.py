@@ -16,9 +16,14 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 
 from shards.console import UserError
 
+# By these Accelerate would divide the model itself; see mlc/parallel/strategy.py.
+_OF_ACCELERATE = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
-def start(amp_dtype: str = "auto") -> Accelerator:
+
+def start(amp_dtype: str = "auto", *, group: bool = False) -> Accelerator:
     """The Accelerator of this process, connected to all others that the launcher started.
+
+    group: give a process that is alone a group of its own, for code that divides among however many there are.
 
     Raises:
         UserError: fewer processes are connected than the launcher started, or there are more than GPUs.
@@ -39,6 +44,11 @@ def start(amp_dtype: str = "auto") -> Accelerator:
             f"{local_world} processes were started on a machine with {torch.cuda.device_count()} GPU(s); "
             f"launch with --num_processes {torch.cuda.device_count()}"
         )
+    for name in _OF_ACCELERATE:
+        os.environ.pop(name, None)
+    if group and world == 1 and not torch.distributed.is_initialized():
+        alone = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+        torch.distributed.init_process_group("gloo" if on_cpu else "nccl", **alone)
     accelerator = Accelerator(
         mixed_precision=_precision(amp_dtype, on_cpu),
         cpu=on_cpu,

@@ -3,7 +3,7 @@ import torch
 from timm.scheduler import CosineLRScheduler
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR, StepLR
 
-from mlc.optim.schedule import lr_at, parse_duration
+from mlc.optim.schedule import lr_at, parse_duration, parse_minutes
 from shards.console import UserError
 
 BATCH = 32
@@ -48,6 +48,13 @@ def test_a_bad_duration_is_named(text):
     with pytest.raises(UserError, match="no duration") as error:
         parse_duration(text, epoch_samples=1000, global_batch=BATCH)
     assert repr(str(text)) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, minutes", [("10min", 10), ("0.5min", 0.5), (" 2min", 2), ("0min", None), ("1ep", None), ("min", None)]
+)
+def test_minutes(text, minutes):
+    assert parse_minutes(text) == minutes
 
 
 def test_cosine_with_warmup_equals_torch():

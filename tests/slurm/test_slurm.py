@@ -13,7 +13,7 @@ from cluster import alive, freeze, output, ranks, started, thaw
 from conftest import TINY, log_of, run
 
 from mlc import predict
-from mlc.parallel import checkpoint
+from mlc.parallel import storage
 
 pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
 
@@ -84,7 +84,7 @@ def test_a_preempted_job_requeues_itself_and_ends_like_one_that_was_not(cluster,
     thaw(held)
 
     cluster.wait(number, "PENDING")
-    stopped = checkpoint.read_meta(checkpoint.find("auto", tmp_path / "run"))["progress"]
+    stopped = storage.read_meta(storage.complete(tmp_path / "run" / "checkpoints")[-1])["progress"]
     assert 7 <= stopped["step"] < STEPS and stopped["samples_seen"] % SAMPLES  # in mid-epoch
     cluster("scontrol", "update", f"JobId={number}", "StartTime=now")  # Slurm lets a requeued job wait two minutes
     job = cluster.wait(number, "COMPLETED")
@@ -105,7 +105,7 @@ def wait_until(true, seconds: float = 30) -> None:
 def test_scancel_in_mid_checkpoint_leaves_the_last_good_one(cluster, data, untouched, tmp_path):
     checkpoints = tmp_path / "run" / "checkpoints"
     number = sbatch(cluster, tmp_path, "train", *arguments(data, tmp_path))
-    wait_until(lambda: checkpoint.complete(checkpoints), seconds=60)
+    wait_until(lambda: storage.complete(checkpoints), seconds=60)
     processes = ranks(tmp_path / "run")
     while True:  # until they were caught while they write
         wait_until(lambda: unfinished(checkpoints))
@@ -114,13 +114,13 @@ def test_scancel_in_mid_checkpoint_leaves_the_last_good_one(cluster, data, untou
         if unfinished(checkpoints):
             break
         thaw(processes)
-    good = checkpoint.complete(checkpoints)[-1]
+    good = storage.complete(checkpoints)[-1]
     cancelled = threading.Thread(target=hold_until_killed, args=[processes])
     cancelled.start()
     cluster("scancel", number)
     cancelled.join()
     job = cluster.wait(number, "CANCELLED")
-    assert unfinished(checkpoints) and checkpoint.find("auto", tmp_path / "run") == good
+    assert unfinished(checkpoints) and storage.complete(tmp_path / "run" / "checkpoints")[-1] == good
     assert "back into the queue" not in output(job)
 
     job = cluster.wait(sbatch(cluster, tmp_path, "train", *arguments(data, tmp_path)), "COMPLETED")
@@ -143,7 +143,7 @@ def hold_until_killed(processes: list[psutil.Process], seconds: float = 30) -> N
 
 def unfinished(checkpoints: Path) -> list[Path]:
     """Folders that are no checkpoints yet."""
-    return [path for path in checkpoints.glob("*step-*") if path.is_dir() and not (path / checkpoint.META).exists()]
+    return [path for path in checkpoints.glob("*step-*") if path.is_dir() and not (path / storage.META).exists()]
 
 
 def test_each_fold_is_a_run(cluster, data, tmp_path):
@@ -168,7 +168,7 @@ def test_a_job_cut_by_its_time_limit_goes_on_when_it_is_submitted_again(cluster,
     folder, number = cut
     cluster.wait(number, "TIMEOUT", seconds=240)
     wait_until(lambda: not ranks(folder / "run"))
-    kept = checkpoint.read_meta(checkpoint.find("auto", folder / "run"))["progress"]["step"]
+    kept = storage.read_meta(storage.complete(folder / "run" / "checkpoints")[-1])["progress"]["step"]
     assert 10 <= kept < STEPS  # its last checkpoint, or a later one if there was time between SIGTERM and SIGKILL
     job = cluster.wait(sbatch(cluster, folder, "train", *arguments(data, folder)), "COMPLETED")
     assert f"step {kept}, " in output(job)

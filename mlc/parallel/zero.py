@@ -1,0 +1,212 @@
+"""ZeRO-1, 2 and 3 by DeepSpeed's engine, set up to compute what the other strategies compute.
+
+Left to itself DeepSpeed divides the loss by its own accumulation count, hides a gradient that is not finite (its norm
+becomes -1), and after a change of the number of processes mixes up parameter groups (`_undo`).
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from shards.console import UserError, say
+
+_FILES, _CONVERTED, _REST = "zero", "universal", "rest"  # folders in a checkpoint
+
+
+class Zero:
+    """Optimizer state is divided (1), gradients too (2), weights too (3). See `strategy.divide`."""
+
+    def __init__(self, choice, accelerator, model, averaged, make_optimizer, *, clip, batch_size, accumulation):
+        if accelerator.mixed_precision == "fp16":
+            raise UserError(
+                f"--amp-dtype fp16 does not go with {choice.name}, where DeepSpeed clips the scaled gradient; use bf16"
+            )
+        deepspeed = _deepspeed(accelerator.device)
+        config = _config(
+            choice,
+            bf16=accelerator.mixed_precision == "bf16",
+            clip=clip,
+            batch_size=batch_size,
+            accumulation=accumulation,
+        )
+        self.optimizer = make_optimizer(model)
+        self.model = deepspeed.initialize(model=model, optimizer=self.optimizer, config=config)[0]
+        assert self.model.gradient_accumulation_steps() == accumulation
+        self._averaged = None
+        if averaged is not None and choice.zero_stage == 3:
+            # Nothing of the average may stay whole after its forward pass: it would not follow the next update.
+            config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+            del config["gradient_clipping"]
+            self._averaged = deepspeed.initialize(model=averaged, config=config)[0]
+        self.saved: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "ema": averaged}
+
+    def accumulate(self, last: bool) -> AbstractContextManager:
+        self.model.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        self.model.backward(loss, scale_wrt_gas=False)
+
+    def step(self, check) -> Tensor:
+        norm = self._norm()
+        check(norm)
+        self.model.step()
+        if self._averaged is not None:
+            self._averaged.empty_partition_cache()
+        return norm
+
+    def _norm(self) -> Tensor:
+        """The gradient's norm from this process's part of it, before DeepSpeed looks at it."""
+        zero = self.model.optimizer
+        norms = getattr(zero, "norm_for_param_grads", None)  # with the optimizer on the CPU
+        if norms is None:
+            norms = {i: torch.nn.utils.get_total_norm(part) for i, part in zero.averaged_gradients.items()}
+        device = self.model.device
+        parts = [torch.as_tensor(norm, dtype=torch.float32, device=device) for norm in norms.values()]
+        square = torch.stack(parts).square().sum() if parts else torch.zeros((), device=device)
+        dist.all_reduce(square)
+        return square.sqrt()
+
+
+def _deepspeed(device: torch.device):
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    os.environ.setdefault("LOCAL_RANK", "0")  # which it asks for even in a process that nobody launched
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError(f"ZeRO needs DeepSpeed ({error}); pip install 'mlc[deepspeed]'") from error
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__ = {}  # or it compiles a C++ collective, for minutes, which is not used here
+    return deepspeed
+
+
+def _config(choice, *, bf16: bool, clip: float | None, batch_size: int, accumulation: int) -> dict[str, Any]:
+    offload = {
+        name: {"device": where}
+        for name, where in (("offload_optimizer", choice.offload_optimizer), ("offload_param", choice.offload_weights))
+        if where != "none" and (name == "offload_optimizer" or choice.zero_stage == 3)
+    }
+    return {
+        "train_micro_batch_size_per_gpu": batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": clip or 0.0,
+        "zero_optimization": {"stage": choice.zero_stage, **offload},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        # Not bf16.enabled, which casts the model and breaks what it computes in float32 (SwinV2's position network).
+        # No modules are `safe`: gradients are summed in float32, as in the other strategies.
+        "torch_autocast": {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
+        "steps_per_print": sys.maxsize,
+    }
+
+
+def gather(parameter: nn.Parameter) -> Tensor:
+    """A ZeRO-3 parameter as a whole, on the CPU. All ranks call it."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().cpu().clone()
+
+
+def is_engine(model: nn.Module) -> bool:
+    """Whether it is DeepSpeed's wrapper, which saves and loads itself."""
+    return hasattr(model, "save_checkpoint")
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def save_engine(engine, averaged: nn.Module | None, folder: Path) -> None:
+    """Writes DeepSpeed's files into `folder/zero`, and into `folder/rest` what its universal checkpoints leave out:
+    the EMA, buffers and frozen parameters. All ranks call it.
+    """
+    engine.save_checkpoint(str(folder), tag=_FILES, save_latest=False)
+    dcp.save(_rest(engine.module, averaged), checkpoint_id=str(folder / _REST))
+
+
+def load_engine(engine, averaged: nn.Module | None, folder: Path, processes: int) -> None:
+    """Restores in place what `save_engine` wrote with so many processes; with another number now, rank 0 converts the
+    files first. All ranks call it.
+
+    Raises:
+        UserError: the conversion failed.
+    """
+    dcp.load(_rest(engine.module, averaged), checkpoint_id=str(folder / _REST))
+    groups = engine.basic_optimizer.param_groups
+    ours = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    converted = processes != dist.get_world_size()
+    if converted:
+        _convert(folder, processes)
+        engine._config.load_universal_checkpoint = True  # read when it loads; there is no other way to say so late
+    engine.load_checkpoint(str(folder), tag=_CONVERTED if converted else _FILES, load_lr_scheduler_states=False)
+    engine._config.load_universal_checkpoint = False
+    _undo(engine.basic_optimizer, ours)
+    dist.barrier()
+    if converted and dist.get_rank() == 0:
+        shutil.rmtree(folder / _CONVERTED)
+
+
+def _undo(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
+    """Puts right what a universal checkpoint does to AdamW: every group has the first one's options, and with ZeRO-3
+    all share one step counter, which each of them then advances.
+    """
+    for group, own in zip(optimizer.param_groups, groups, strict=True):
+        group.update(own)
+    for state in optimizer.state.values():
+        state["step"] = torch.as_tensor(state["step"]).clone()
+
+
+def _convert(folder: Path, processes: int) -> None:
+    """`folder/zero` -> `folder/universal`, by rank 0; what it is good for is over once it is loaded."""
+    failure = [None]
+    if dist.get_rank() == 0:
+        say(f"{folder} was written by {processes} processes: converting it for {dist.get_world_size()} ...")
+        shutil.rmtree(folder / _CONVERTED, ignore_errors=True)
+        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+        command += ["--input_folder", str(folder / _FILES), "--output_folder", str(folder / _CONVERTED)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        (folder / "latest_universal").unlink(missing_ok=True)
+        if done.returncode:
+            failure = [(done.stderr.strip() or done.stdout.strip()).splitlines()[-1]]
+    dist.broadcast_object_list(failure)
+    if failure[0]:
+        raise UserError(
+            f"{folder} was written by {processes} processes and cannot be converted for {dist.get_world_size()}: "
+            f"{failure[0]}; resume with {processes} processes"
+        )
+
+
+def _rest(model: nn.Module, averaged: nn.Module | None) -> dict[str, Any]:
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    rest = {name: tensor for name, tensor in tensors.items() if not tensor.requires_grad}
+    if averaged is not None:
+        rest |= {f"ema.{name}": tensor for name, tensor in averaged.state_dict(keep_vars=True).items()}
+    return {name: _part(tensor) for name, tensor in rest.items()}
+
+
+def _part(tensor: Tensor) -> Tensor:
+    """A tensor that torch.distributed.checkpoint can divide anew: a ZeRO-3 parameter as a flat DTensor over its part.
+
+    DeepSpeed cuts the flat parameter into equal parts of ceil(numel / processes), the last ones padded; that is
+    DTensor's Shard(0) but for the padding.
+    """
+    if not hasattr(tensor, "ds_tensor"):
+        return tensor.detach()
+    size, part = tensor.ds_numel, tensor.ds_tensor.numel()
+    own = min(part, max(0, size - dist.get_rank() * part))
+    mesh = init_device_mesh(tensor.ds_tensor.device.type, (dist.get_world_size(),))
+    local = tensor.ds_tensor.detach().flatten()[:own]
+    return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=(size,), stride=(1,))

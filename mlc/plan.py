@@ -1,0 +1,271 @@
+"""`mlc plan`: what a run will need, before any GPU is rented: memory by strategy, step time, loader, checkpoints.
+
+Nothing is trained and no memory is taken: the model runs forward on fake tensors, which count every operation and every
+activation that autograd would keep. The formulas are in docs/planning.md; a plan is an estimate, `train.py --dry-run` a
+measurement.
+"""
+
+import json
+import math
+from argparse import Namespace
+from dataclasses import asdict, dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from mlc.models.build import build_model
+from mlc.parallel.strategy import blocks
+from shards.console import Parser, UserError, did_you_mean
+
+# Name: (memory in GiB, dense bf16 TFLOP/s) as the makers' data sheets give them; T4 and V100 have fp16 instead.
+GPUS = {
+    "t4": (15, 65),
+    "v100-16g": (16, 125),
+    "v100-32g": (32, 125),
+    "a4000": (16, 76.7),
+    "3090": (24, 71),
+    "4090": (24, 165.2),
+    "a5000": (24, 111.1),
+    "a6000": (48, 154.8),
+    "l40s": (48, 362),
+    "a100-40g": (40, 312),
+    "a100-80g": (80, 312),
+    "h100": (80, 989),
+    "h200": (141, 989),
+    "b200": (180, 2250),
+}
+CONTEXT_GB = 1.0  # CUDA context, cuBLAS and NCCL buffers, fragmentation: what no formula knows
+USABLE = 0.95
+ADAM_BYTES = 8  # two float32 moments
+# Which of weights, gradients and moments (and the EMA, which lies beside the weights) a strategy divides.
+DIVIDED = {
+    "ddp": "",
+    "zero1": "moments",
+    "zero2": "moments gradients",
+    "zero3": "moments gradients weights",
+    "fsdp2": "moments gradients weights",
+}
+
+
+@dataclass(frozen=True)
+class Costs:
+    """`flops` of a forward pass and bytes of `activations` that autograd keeps, both of one image; parameters of the
+    `largest` block."""
+
+    parameters: int
+    trainable: int
+    largest: int
+    flops: int
+    activations: int
+
+
+def costs(options: Namespace) -> Costs:
+    """Builds the model without memory and runs one image through it. Raises UserError for an impossible model."""
+    model = build_model(
+        name=options.model,
+        num_classes=options.num_classes,
+        img_size=options.img_size,
+        grad_checkpointing=options.grad_checkpointing,
+    )
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        _fake(model, mode)
+        image = torch.zeros(1, 3, options.img_size, options.img_size)
+        autocast = options.amp_dtype != "none"
+        with FlopCounterMode(display=False) as counter:
+            kept, _ = saved_bytes(model, image, autocast=autocast)
+        if options.grad_checkpointing:  # in the backward pass one block at a time has its activations after all
+            model.set_grad_checkpointing(False)
+            kept += saved_bytes(model, image, autocast=autocast)[1]
+    parameters = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Costs(parameters, trainable, _largest_block(model), counter.get_total_flops(), kept)
+
+
+def _fake(model: nn.Module, mode: FakeTensorMode) -> None:
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            fake = mode.from_tensor(parameter.detach())
+            setattr(module, name, nn.Parameter(fake, requires_grad=parameter.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, mode.from_tensor(buffer))
+
+
+def saved_bytes(model: nn.Module, image: torch.Tensor, *, autocast: bool) -> tuple[int, int]:
+    """Bytes that the forward pass keeps for the backward pass beyond the parameters, each storage once: of all the
+    model, and of its hungriest block."""
+    own = {id(p) for p in model.parameters()} | {id(b) for b in model.buffers()}
+    kept: dict[int, int] = {}
+    held = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in own and id(tensor._base) not in own:
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = storage.nbytes()
+            held.append(storage)  # an address is only a name while nobody else can get it
+        return tensor
+
+    entered: dict[nn.Module, int] = {}
+    most = 0
+
+    def enter(block: nn.Module, _) -> None:
+        entered[block] = sum(kept.values())
+
+    def leave(block: nn.Module, _, __) -> None:
+        nonlocal most
+        most = max(most, sum(kept.values()) - entered[block])
+
+    hooks = [
+        hook for b in blocks(model) for hook in (b.register_forward_pre_hook(enter), b.register_forward_hook(leave))
+    ]
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False),
+    ):
+        model(image)
+    for hook in hooks:
+        hook.remove()
+    return sum(kept.values()), most
+
+
+def _largest_block(model: nn.Module) -> int:
+    """Parameters of the largest module that FSDP gathers at once."""
+    return max(sum(p.numel() for p in block.parameters()) for block in blocks(model) or [model])
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one strategy; memory in GiB per GPU, `batch` None where not even one image fits."""
+
+    strategy: str
+    fixed_gb: float
+    batch: int | None
+    used_gb: float
+
+
+def fixed_bytes(strategy: str, c: Costs, gpus: int, *, autocast: bool, ema: bool) -> float:
+    """Bytes per GPU that do not depend on the batch: weights, EMA, gradients, moments, low-precision copies."""
+    divided = DIVIDED[strategy].split()
+
+    def part(name: str, size: float) -> float:
+        return size / gpus if name in divided else size
+
+    copies = 2 * (c.largest * 2 if "weights" in divided else c.parameters) if autocast else 0
+    gathered = 4 * c.largest if "weights" in divided and not autocast else 0
+    weights = 4 * c.parameters * (2 if ema else 1)
+    return (
+        part("weights", weights)
+        + part("gradients", 4 * c.trainable)
+        + part("moments", ADAM_BYTES * c.trainable)
+        + copies
+        + gathered
+    )
+
+
+def estimate(strategy: str, c: Costs, options: Namespace) -> Estimate:
+    room, _ = GPUS[options.gpu]
+    fixed = fixed_bytes(strategy, c, options.gpus, autocast=options.amp_dtype != "none", ema=not options.no_model_ema)
+    left = room * USABLE * 2**30 - fixed - CONTEXT_GB * 2**30
+    most = int(left // max(c.activations, 1))
+    share = options.global_batch_size // options.gpus
+    fits = [b for b in range(1, share + 1) if share % b == 0 and b <= most]
+    batch = fits[-1] if fits else None
+    used = fixed + CONTEXT_GB * 2**30 + c.activations * (batch or 1)
+    return Estimate(strategy, fixed / 2**30, batch, used / 2**30)
+
+
+def plan(options: Namespace) -> dict:
+    """Everything `--json` prints."""
+    c = costs(options)
+    _, tflops = GPUS[options.gpu]
+    passes = 4 if options.grad_checkpointing else 3  # forward once, backward twice as much, recomputed forward
+    per_image = c.flops * passes
+    rate = options.mfu * tflops * 1e12 * options.gpus / (3 * c.flops)  # MFU does not count what is recomputed
+    state = (4 * c.parameters * (1 if options.no_model_ema else 2)) + ADAM_BYTES * c.trainable
+    strategies = DIVIDED if options.gpus > 1 else {"ddp": ""}
+    return {
+        "costs": asdict(c),
+        "train_flops_per_image": per_image,
+        "images_per_second": rate,
+        "step_seconds": options.global_batch_size / rate,
+        "hours": options.samples * options.epochs / rate / 3600 if options.samples else None,
+        "loader_cores_per_gpu": rate / options.gpus / options.images_per_core,
+        "checkpoint_gb": state / 1e9,
+        "checkpoint_seconds": state / 1e9 / options.disk_gb_per_second,
+        "strategies": [asdict(estimate(name, c, options)) for name in strategies],
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    if options.gpu not in GPUS:
+        raise UserError(f"--gpu {options.gpu}: known are {', '.join(GPUS)}{did_you_mean(options.gpu, list(GPUS))}")
+    if options.gpus < 1 or options.global_batch_size % options.gpus:
+        raise UserError(f"--global-batch-size {options.global_batch_size} is not a multiple of --gpus {options.gpus}")
+    if options.data:
+        from shards.dataset import load_dataset
+
+        dataset = load_dataset(options.data)
+        options.num_classes, options.samples = len(dataset.classes), dataset.split("train").num_samples
+    found = plan(options)
+    if options.json:
+        print(json.dumps(found))
+    else:
+        _say(found, options)
+    return 0
+
+
+def _say(found: dict, options: Namespace) -> None:
+    c, console = found["costs"], Console(highlight=False)
+    console.print(
+        f"{options.model} at {options.img_size} px: {c['parameters'] / 1e6:.1f} M parameters, "
+        f"{c['flops'] / 2e9:.1f} GMAC forward, {c['activations'] / 2**20:.0f} MiB of activations an image"
+    )
+    table = Table(title=f"{options.gpus} x {options.gpu}, global batch {options.global_batch_size}")
+    for name in ("strategy", "fixed, GiB", "micro-batch", "accumulation", "used, GiB"):
+        table.add_column(name, justify="left" if name == "strategy" else "right")
+    for row in found["strategies"]:
+        batch = row["batch"]
+        steps = options.global_batch_size // options.gpus // batch if batch else None
+        shown = (
+            (str(batch), str(steps), f"{row['used_gb']:.1f}") if batch else ("too large", "", f"{row['used_gb']:.1f}")
+        )
+        table.add_row(row["strategy"], f"{row['fixed_gb']:.1f}", *shown)
+    console.print(table)
+    hours = f", {found['hours']:.1f} h for {options.epochs:g} epochs" if found["hours"] else ""
+    rate, seconds = found["images_per_second"], found["step_seconds"]
+    console.print(
+        f"at {options.mfu:.0%} MFU: {rate:.0f} images/s, {seconds:.2f} s a step{hours}\n"
+        f"loader: {math.ceil(found['loader_cores_per_gpu'])} cores per GPU at {options.images_per_core} images/s each\n"
+        f"checkpoint: {found['checkpoint_gb']:.1f} GB, {found['checkpoint_seconds']:.0f} s in the background at "
+        f"{options.disk_gb_per_second:g} GB/s"
+    )
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="mlc plan",
+        description="Estimates memory, time and checkpoints of a training run; nothing is trained.",
+        epilog="example: mlc plan --model swinv2_large_window12to16_192to256 --gpus 64 --gpu a100-80g --data DIR",
+    )
+    add = parser.add_argument
+    add("--model", default="swinv2_large_window12to16_192to256", help="any timm backbone (default: %(default)s)")
+    add("--img-size", type=int, default=256, help="pixels of a side (default: 256)")
+    add("--num-classes", type=int, default=20, help="without --data (default: 20)")
+    add("--data", help="packed data set: its classes, and its samples for the hours")
+    add("--samples", type=int, default=0, help="training samples, without --data")
+    add("--epochs", type=float, default=20, help="passes over the data (default: 20)")
+    add("--gpus", type=int, default=2, help="GPUs in all (default: 2)")
+    add("--gpu", default="a4000", help=f"kind: {', '.join(GPUS)} (default: a4000)")
+    add("--global-batch-size", type=int, default=32, help="samples per optimizer step (default: 32)")
+    add("--amp-dtype", choices=("bf16", "fp16", "none"), default="bf16", help="autocast (default: bf16)")
+    add("--grad-checkpointing", action="store_true", help="recompute activations")
+    add("--no-model-ema", action="store_true", help="no averaged weights")
+    add("--mfu", type=float, default=0.25, help="share of the GPU's peak that is reached (default: 0.25)")
+    add("--images-per-core", type=int, default=1000, help="what a core decodes a second (benchmarks/loader.py)")
+    add("--disk-gb-per-second", type=float, default=1.0, help="write speed of the checkpoint's disk (default: 1)")
+    add("--json", action="store_true", help="print JSON")
+    return parser

@@ -1,0 +1,113 @@
+"""The plan's numbers against what small models really take."""
+
+import json
+from argparse import Namespace
+
+import pytest
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mlc import plan
+from mlc.models.build import build_model
+from shards.console import run as run_verb
+
+
+def options(**more) -> Namespace:
+    return Namespace(
+        **{
+            "model": "resnet18",
+            "num_classes": 5,
+            "img_size": 64,
+            "grad_checkpointing": False,
+            "amp_dtype": "none",
+            "gpu": "a4000",
+            "gpus": 4,
+            "global_batch_size": 64,
+            "no_model_ema": False,
+        }
+        | more
+    )
+
+
+@pytest.mark.parametrize(
+    "name, size", [("resnet18", 64), ("vit_tiny_patch16_224", 64), ("swinv2_tiny_window8_256", 64)]
+)
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+def test_activations_without_memory_are_those_of_a_real_pass(name, size, amp):
+    counted = plan.costs(options(model=name, img_size=size, amp_dtype=amp))
+    model = build_model(name=name, num_classes=5, img_size=size)
+    kept, _ = plan.saved_bytes(model, torch.rand(1, 3, size, size), autocast=amp != "none")
+    assert counted.activations == kept > 100_000
+    assert counted.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_flops_are_the_counters():
+    model = timm.create_model("resnet18", num_classes=5)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.rand(1, 3, 64, 64))
+    assert plan.costs(options()).flops == counter.get_total_flops()
+
+
+def test_what_autograd_keeps_of_a_linear_layer_is_its_input():
+    """Two layers and a ReLU: the inputs of both, of which the ReLU's output is one; a closed form."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+    kept, _ = plan.saved_bytes(model, torch.rand(3, 8), autocast=False)
+    assert kept == 4 * 3 * (8 + 16)
+
+
+def test_checkpointing_keeps_less_and_adds_one_block():
+    model = options(model="vit_tiny_patch16_224")
+    whole = plan.costs(model).activations
+    less = plan.costs(Namespace(**vars(model) | {"grad_checkpointing": True})).activations
+    assert whole / 12 < less < whole / 4
+
+
+def test_fixed_memory_is_that_of_a_real_optimizer():
+    c = plan.costs(options())
+    model = build_model(name="resnet18", num_classes=5)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.rand(2, 3, 64, 64)).sum().backward()
+    optimizer.step()
+    state = [t for values in optimizer.state.values() for t in values.values() if t.numel() > 1]
+    taken = sum(t.numel() * 4 for t in [*model.parameters(), *model.parameters(), *state])  # gradients like weights
+    assert plan.fixed_bytes("ddp", c, 1, autocast=False, ema=False) == taken
+    assert plan.fixed_bytes("ddp", c, 1, autocast=False, ema=True) == taken + 4 * c.parameters
+
+
+def test_strategies_divide_what_they_say():
+    c = plan.Costs(parameters=1000, trainable=1000, largest=0, flops=1, activations=1)
+    sizes = [plan.fixed_bytes(name, c, 4, autocast=False, ema=False) for name in ("ddp", "zero1", "zero2", "zero3")]
+    assert sizes == [16_000, 8_000 + 2_000, 4_000 + 3_000, 4_000]
+    assert plan.fixed_bytes("fsdp2", c, 4, autocast=False, ema=False) == 4_000
+
+
+def test_the_batch_divides_the_share_of_a_gpu_and_fits():
+    c = plan.Costs(parameters=0, trainable=0, largest=0, flops=1, activations=2**30)
+    found = plan.estimate("ddp", c, options(gpu="a4000", gpus=2, global_batch_size=48))
+    assert found.batch == 12  # of 24; 14 GiB are left, and 13 and 14 do not divide 24
+    assert plan.estimate("ddp", plan.Costs(10**10, 10**10, 0, 1, 1), options()).batch is None
+
+
+def test_as_json_and_for_people(capsys, shards):
+    flags = ["--model", "resnet18", "--img-size", "64", "--gpus", "4", "--gpu", "h100", "--global-batch-size", "64"]
+    assert run_verb(plan.main, [*flags, "--json", "--data", str(shards)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {row["strategy"] for row in found["strategies"]} == {"ddp", "zero1", "zero2", "zero3", "fsdp2"}
+    assert found["images_per_second"] == pytest.approx(0.25 * 989e12 * 4 / (3 * found["costs"]["flops"]))
+    assert found["hours"] > 0
+    assert run_verb(plan.main, flags) == 0
+    assert "micro-batch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--gpu", "h1000"], "--gpu h1000: known are"),
+        (["--gpus", "3"], "--global-batch-size 32 is not a multiple of --gpus 3"),
+        (["--model", "swinv3"], "has no model"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, flags, words):
+    assert run_verb(plan.main, flags) == 2
+    assert words in capsys.readouterr().err

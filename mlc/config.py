@@ -196,6 +196,8 @@ class Config:
     """folder of the runs"""
     experiment: str = ""
     """name of the run, its folder below --output (default: model and image size)"""
+    dry_run: bool = False
+    """build everything, train two steps, write a checkpoint, say shapes, memory and times; nothing is kept"""
     log_interval: int = 50
     """optimizer steps between two lines of the log"""
     log_wandb: bool = False
@@ -208,6 +210,8 @@ class Config:
     """tag there; may be repeated"""
     wandb_mode: Literal["", "online", "offline", "disabled"] = ""
     """instead of WANDB_MODE; `offline` writes to disk for `wandb sync`"""
+    wandb_samples: int = 16
+    """validation images in a table with their labels and predictions, at each evaluation; 0 for none"""
     wandb_artifacts: bool = False
     """upload the best weights at the end"""
     log_tensorboard: bool = False
@@ -229,7 +233,7 @@ def _impossible(c: Config) -> Iterator[str]:
     for name in ("epochs", "lr", "kd_temp", "opt_eps", "crop_pct", "cache_gb"):
         if not getattr(c, name) > 0:
             yield f"{flag(name)} must be above 0, not {getattr(c, name)}"
-    for name in ("workers", "max_bad_samples", "mixup", "weight_decay", "warmup_lr", "min_lr"):
+    for name in ("workers", "max_bad_samples", "mixup", "weight_decay", "warmup_lr", "min_lr", "wandb_samples"):
         if getattr(c, name) < 0:
             yield f"{flag(name)} must not be negative, not {getattr(c, name)}"
     for name in ("scale", "ratio"):

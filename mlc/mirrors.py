@@ -118,9 +118,10 @@ class Wandb:
         self._sent = tuple(json.loads(self._mark.read_text())) if self._mark.exists() else (-1, False)
 
     def write(self, values: Values) -> None:
+        samples = values.pop("samples", None)
         place = (values["step"], any(name.startswith("val") for name in values))
         if place > self._sent:
-            self.run.log(values)
+            self.run.log(values | ({"val/samples": _table(samples)} if samples else {}))
             self._mark.write_text(json.dumps(place))
 
     def close(self, final: Values) -> None:
@@ -133,6 +134,13 @@ class Wandb:
             artifact.add_dir(str(weights))
             self.run.log_artifact(artifact)
         self.run.finish()
+
+
+def _table(samples: list[Values]):
+    import wandb
+
+    rows = [[wandb.Image(s["image"]), *(s[name] for name in list(s)[1:])] for s in samples]
+    return wandb.Table(columns=list(samples[0]), data=rows)
 
 
 class TensorBoard:

@@ -47,7 +47,9 @@ SILENT = (
     "wandb_group",
     "wandb_tags",
     "wandb_mode",
+    "wandb_samples",
     "wandb_artifacts",
+    "dry_run",
     "log_tensorboard",
     "strategy",
 )

@@ -1,7 +1,9 @@
 """The run's folder and its log: `log.jsonl` is the truth; the console line, `summary.csv` and W&B are views of it."""
 
+import atexit
 import csv
 import json
+import os
 import resource
 import sys
 import time
@@ -16,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mlc.clock import Clock
 from mlc.config import Config
@@ -24,16 +27,24 @@ from mlc.flags import write_yaml
 from mlc.mirrors import Mirror, open_mirrors
 from shards.dataset import Index
 
+BAR = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+
 
 class RunLog:
     """Writes on rank 0 only; every call is free on the other ranks."""
 
-    def __init__(self, folder: Path, config: Config, *, enabled: bool, resumed_step: int | None):
+    def __init__(self, folder: Path, config: Config, *, enabled: bool, resumed_step: int | None, steps: int = 0):
+        """`steps`: of the whole run, for the progress bar on a terminal."""
         self.folder, self.enabled = folder, enabled
         self._console = Console(stderr=True, soft_wrap=True, highlight=False)
         self._mirrors: list[Mirror] = []
+        self._bar = self._task = None
         if not enabled:
             return
+        if steps and self._console.is_terminal and "SLURM_JOB_ID" not in os.environ:
+            self._bar = Progress(*BAR, console=self._console, transient=True)
+            self._task = self._bar.add_task(folder.name, total=steps, completed=resumed_step or 0)
+            atexit.register(self._bar.stop)  # or an error leaves a terminal without a cursor
         folder.mkdir(parents=True, exist_ok=True)
         write_yaml(config, folder / "args.yaml")
         self._path = folder / "log.jsonl"
@@ -48,13 +59,14 @@ class RunLog:
         building.write_text("".join(json.dumps(line) + "\n" for line in kept))
         building.replace(self._path)
 
-    def write(self, **values: float) -> None:
-        """One line of `log.jsonl`; `step`, `samples_seen` and `epoch` are among the values."""
+    def write(self, *, samples: list[dict[str, Any]] | None = None, **values: float) -> None:
+        """One line of `log.jsonl`; `step`, `samples_seen` and `epoch` are among the values. `samples` are for views
+        that can show images (see report/samples.py)."""
         if not self.enabled:
             return
         self._file.write(json.dumps(values) + "\n")
         for mirror in self._mirrors:
-            mirror.write(values)
+            mirror.write(values | ({"samples": samples} if samples else {}))
         if any(name.startswith("val") for name in values):
             write_summary(self.folder)
 
@@ -63,8 +75,16 @@ class RunLog:
         if self.enabled:
             self._console.print(text, markup=False)
 
+    def advance(self, step: int) -> None:
+        """Moves the bar."""
+        if self._bar:
+            self._bar.start()
+            self._bar.update(self._task, completed=step)
+
     def close(self, **final: float) -> None:
         """`final`: what the run came to, for the summaries elsewhere."""
+        if self._bar:
+            self._bar.stop()
         if self.enabled:
             self._file.close()
         for mirror in self._mirrors:

@@ -7,48 +7,47 @@ therefore restores weights, optimizer state and that integer, and goes on as if 
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from mlc import resume
+from mlc import rehearsal, resume
 from mlc.clock import Clock
 from mlc.config import Config
-from mlc.data.dataset import BadSamples, Batch, EvalDataset, TrainDataset
+from mlc.data.dataset import BadSamples, Batch, TrainDataset
 from mlc.data.loader import Waiting, load, plan_batches, train_positions
 from mlc.data.mixing import mix_lambda, mixup
 from mlc.data.order import DROPOUT, hash64
-from mlc.data.reader import TarReader
 from mlc.data.sources import Sources, open_sources, open_validation
-from mlc.data.transforms import EvalTransform, TrainTransform, build_aa, erase, normalize, parse_crop
+from mlc.data.transforms import TrainTransform, build_aa, erase, normalize, parse_crop
 from mlc.flags import read_config
-from mlc.inference import logits_of_rows, probabilities
-from mlc.metrics import multilabel, thresholds
+from mlc.metrics import thresholds
 from mlc.models.build import build_model
 from mlc.models.export import export, timm_config
 from mlc.models.heads import init_head_bias
 from mlc.models.teacher import Teacher
 from mlc.optim.distill import combine, distill_loss
 from mlc.optim.ema import Ema, decay_at
-from mlc.optim.losses import LOSSES, smooth
+from mlc.optim.losses import LOSSES, Loss, smooth
 from mlc.optim.param_groups import param_groups
 from mlc.parallel import checkpoint, launch, storage, strategy
 from mlc.parallel.preempt import StopFlag
+from mlc.report.samples import sample_table
 from mlc.runlog import Meter, RunLog, SampleLog, evaluation_line, memory_gb, training_line
+from mlc.validation import evaluate, goodness, refuse_unknown_metric
 from shards.console import UserError
-from shards.dataset import Dataset
-
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # logits [B, C], target [B, C] -> [B, C]
 
 
 @launch.peers()
 def main(argv: list[str] | None = None) -> int:
-    return train(read_config(argv))
+    config = read_config(argv)
+    if not config.dry_run:
+        return train(config)
+    with rehearsal.shortened(config) as short:
+        return train(short)
 
 
 def train(config: Config) -> int:
@@ -58,13 +57,15 @@ def train(config: Config) -> int:
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     folder = Path(config.output) / (config.experiment or f"{config.model}-{config.img_size}")
     start = resume.find(config, folder)
-    if not config.resume and (folder / "log.jsonl").exists():
+    if not config.resume and not config.dry_run and (folder / "log.jsonl").exists():
         raise UserError(f"{folder} holds a run already; --resume auto goes on with it, or choose another --experiment")
 
     # ---- Data --------------------------------------------------------------------------------------------------------
     sources = open_sources(config)
     dataset, sampler = sources.dataset, sources.sampler
     validation = open_validation(config, dataset)
+    if config.dry_run and validation:
+        validation = validation[0], validation[1][: 2 * config.batch_size]
     plan = plan_batches(config.global_batch_size, config.batch_size, world, pairs=config.mixup > 0)
     clock = Clock(config, sampler.epoch_samples, plan.global_batch)
     refuse_unknown_metric(config, dataset)
@@ -138,7 +139,13 @@ def train(config: Config) -> int:
     step, samples_seen = progress["step"], progress["samples_seen"]
 
     # ---- Logs --------------------------------------------------------------------------------------------------------
-    log = RunLog(folder, config, enabled=accelerator.is_main_process, resumed_step=step if start.checkpoint else None)
+    log = RunLog(
+        folder,
+        config,
+        enabled=accelerator.is_main_process,
+        resumed_step=step if start.checkpoint else None,
+        steps=clock.steps,
+    )
     log.say(f"{config.model} at {config.img_size} px, {parameters:.1f} M parameters, on {device.type}")
     log.say(
         f"{sampler.epoch_samples} training samples an epoch, {len(dataset.classes)} classes; autocast "
@@ -169,23 +176,27 @@ def train(config: Config) -> int:
         launch.same_buffers(bare, averaged)
         weights = {"val": bare} | ({"val_ema": averaged} if ema else {})
         results = evaluate(weights, *validation, config, dataset, accelerator, loss_fn, mean, std, val_bad)
-        values = {f"{name}/{key}": value for name, result in results.items() for key, value in result.items()}
-        log.write(step=step, samples_seen=samples_seen, epoch=clock.epoch(samples_seen), **values)
-        for name, result in results.items():
-            log.say(evaluation_line(step, name, result))
-        best_now = max(results, key=lambda name: goodness(results[name], config.eval_metric))
-        if goodness(results[best_now], config.eval_metric) > goodness(progress["best"], config.eval_metric):
-            progress.update(best=results[best_now], best_step=step)
-            keep("best", weights[best_now], results[best_now])
+        metrics = {name: result.metrics for name, result in results.items()}
+        best_now = max(metrics, key=lambda name: goodness(metrics[name], config.eval_metric))
+        samples = None
+        if accelerator.is_main_process and config.log_wandb:
+            samples = sample_table(validation[0], results[best_now], dataset.classes, config.wandb_samples)
+        values = {f"{name}/{key}": value for name, found in metrics.items() for key, value in found.items()}
+        log.write(step=step, samples_seen=samples_seen, epoch=clock.epoch(samples_seen), **values, samples=samples)
+        for name, found in metrics.items():
+            log.say(evaluation_line(step, name, found))
+        if goodness(metrics[best_now], config.eval_metric) > goodness(progress["best"], config.eval_metric):
+            progress.update(best=metrics[best_now], best_step=step)
+            keep("best", weights[best_now], metrics[best_now])
         last = "val_ema" if ema else "val"
-        keep("last", weights[last], results[last])
+        keep("last", weights[last], metrics[last])
 
-    def keep(which: str, weights: torch.nn.Module, result: dict[str, float] | None) -> None:
+    def keep(which: str, weights: torch.nn.Module, found: dict[str, float] | None) -> None:
         state = strategy.full_state(weights)
         if not accelerator.is_main_process:
             return
         export(weights, folder / which, state=state, **described())
-        threshold, value = (result["threshold"], result["f1_samples@tuned"]) if result else (config.threshold, math.nan)
+        threshold, value = (found["threshold"], found["f1_samples@tuned"]) if found else (config.threshold, math.nan)
         thresholds.save(folder / which / "thresholds.json", metric="f1_samples", threshold=threshold, value=value)
 
     def described() -> dict[str, Any]:
@@ -252,6 +263,8 @@ def train(config: Config) -> int:
                 if teacher:
                     loss = combine(loss, distill_loss(logits, teacher_logits, config.kd_temp), config.kd_alpha)
                 loss = loss.sum() / elements
+                if config.dry_run and step == micro == 0:
+                    log.say(rehearsal.shapes(pixels=batch["image"], image=image, target=target, logits=logits))
                 divided.backward(loss * world)  # it takes the mean over ranks of what should be a sum
             batches.prepare()
             step_loss += loss.detach()
@@ -280,6 +293,7 @@ def train(config: Config) -> int:
         interval_loss += in_flight[0]
         interval_steps += 1
         meter.add(plan.global_batch)
+        log.advance(step)
         if step == 1 or step % config.log_interval == 0 or at_end:
             rate, seconds = meter.take()
             line = {
@@ -315,7 +329,11 @@ def train(config: Config) -> int:
         best = progress["best"]
         if best:
             log.say(f"best {config.eval_metric} {best[config.eval_metric]:.4f} at step {progress['best_step']}")
-        log.say(f"done; weights in {folder / ('best' if best else 'last')}")
+        if config.dry_run:
+            for text in rehearsal.report(accelerator, folder, root, plan.global_batch):
+                log.say(text)
+        else:
+            log.say(f"done; weights in {folder / ('best' if best else 'last')}")
         stop.clear()
     log.close(**{f"best/{name}": value for name, value in (progress["best"] or {}).items()})
     accelerator.end_training()
@@ -352,60 +370,3 @@ def prepare(
         return image, target, None
     lam = mix_lambda(batch["position"], alpha=config.mixup, prob=config.mixup_prob, seed=config.seed)
     return *mixup(image, target, lam), lam
-
-
-def evaluate(
-    models: dict[str, torch.nn.Module],
-    reader: TarReader,
-    rows: np.ndarray,
-    config: Config,
-    dataset: Dataset,
-    accelerator: Accelerator,
-    loss_fn: Loss,
-    mean: Sequence[float],
-    std: Sequence[float],
-    bad: BadSamples,
-) -> dict[str, dict[str, float]]:
-    """Exact metrics of some rows of a split, {model: {metric: value}}, the same on every rank; images are decoded once.
-
-    Images that cannot be read are named, counted in `bad` and left out.
-    """
-    logits = np.empty((len(models), len(rows), len(dataset.classes)), np.float32)
-    seen = np.zeros(len(rows), bool)
-    transform = EvalTransform(size=config.img_size, crop=config.val_crop, crop_pct=config.crop_pct, mean=tuple(mean))
-    for found, values in logits_of_rows(
-        list(models.values()),
-        EvalDataset(reader, transform, rows),
-        accelerator,
-        batch_size=config.validation_batch_size or config.batch_size,
-        workers=min(config.workers, 2),
-        mean=mean,
-        std=std,
-        bad=bad,
-    ):
-        place = np.searchsorted(rows, found)
-        logits[:, place] = values[:, :, 0].swapaxes(0, 1)
-        seen[place] = True
-    target = reader.index.targets(rows[seen])
-    results = {}
-    for name, own in zip(models, logits[:, seen], strict=True):
-        loss = loss_fn(torch.from_numpy(own), torch.from_numpy(target)).double().mean().item()
-        scores = probabilities(own[:, None])
-        named = multilabel.evaluate(scores, target, threshold=config.threshold, groups=dataset.group_columns)
-        results[name] = {"loss": loss, **dict(named)}
-    return results
-
-
-def refuse_unknown_metric(config: Config, dataset: Dataset) -> None:
-    """Raises UserError at the start, not after the first epoch, for an `--eval-metric` that nothing measures."""
-    nothing = np.zeros((1, len(dataset.classes)), np.float32)
-    measured = ["loss", *(name for name, _ in multilabel.evaluate(nothing, nothing, groups=dataset.group_columns))]
-    if config.eval_metric not in measured:
-        raise UserError(f"--eval-metric {config.eval_metric} is not measured; choose one of {', '.join(measured)}")
-
-
-def goodness(result: dict[str, float] | None, metric: str) -> float:
-    """What `--eval-metric` ranks weights by: higher is better."""
-    if result is None:
-        return -math.inf
-    return -result[metric] if metric == "loss" else result[metric]

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from mlc import mirrors
 from mlc.config import Config
@@ -86,6 +87,27 @@ def test_wandb_is_one_run_and_one_curve_through_a_crash(tmp_path):
     assert runs[0].run_group == "g" and list(runs[0].tags) == ["a", "b"]
     summaries = [i for r in found if r.WhichOneof("record_type") == "summary" for i in r.summary.update]
     assert ("best/map", 0.08) in [(i.key or "/".join(i.nested_key), json.loads(i.value_json)) for i in summaries]
+
+
+def test_wandb_gets_the_samples_as_a_table(tmp_path):
+    log = RunLog(tmp_path, Config(log_wandb=True, wandb_mode="offline"), enabled=True, resumed_step=None)
+    samples = [{"image": Image.new("RGB", (8, 8), color), "key": color, "labels": "a b"} for color in ("red", "blue")]
+    log.write(step=4, samples_seen=8, epoch=1.0, samples=samples, **{"val/map": 0.5})
+    log.close()
+    table = {name.removeprefix("val/samples/"): value for name, value in history(tmp_path, 1)[0].items()}
+    assert (table["_type"], table["nrows"], table["ncols"]) == ("table-file", 2, 3)
+    found = json.loads(next(tmp_path.glob("wandb/offline-run-*/files/" + table["path"])).read_text())
+    assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/**/*.png"))) == 2
+    assert found["columns"] == ["image", "key", "labels"] and [row[1:] for row in found["data"]] == [
+        ["red", "a b"],
+        ["blue", "a b"],
+    ]
+    assert json.loads((tmp_path / "log.jsonl").read_text()) == {
+        "step": 4,
+        "samples_seen": 8,
+        "epoch": 1.0,
+        "val/map": 0.5,
+    }
 
 
 @pytest.fixture

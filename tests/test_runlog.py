@@ -1,4 +1,7 @@
 import csv
+import os
+import pty
+import sys
 
 import pytest
 
@@ -47,3 +50,30 @@ def test_other_ranks_write_nothing(tmp_path):
 @pytest.mark.parametrize("seconds, text", [(3, "3s"), (200, "3m20s"), (3840, "1h04m")])
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+def bars(folder, monkeypatch, **environment) -> bytes:
+    """What a terminal shows of a run of four steps."""
+    ours, theirs = pty.openpty()
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with open(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        log = RunLog(folder, Config(), enabled=True, resumed_step=None, steps=4)
+        for step in range(1, 5):
+            log.advance(step)
+        log.say("a line")
+        log.close()
+        terminal.flush()
+        shown = os.read(ours, 100_000)
+    os.close(ours)
+    return shown
+
+
+def test_a_bar_on_a_terminal_and_none_under_slurm(tmp_path, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    shown = bars(tmp_path / "run", monkeypatch)
+    assert b"4/4" in shown and b"a line" in shown and b"\x1b[?25h" in shown  # the cursor is back
+    shown = bars(tmp_path / "slurm", monkeypatch, SLURM_JOB_ID="7")
+    assert b"4/4" not in shown and b"a line" in shown

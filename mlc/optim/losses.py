@@ -6,9 +6,13 @@ loss poisons the weights of every rank at once. Soft targets (mixing, smoothing,
 A loss's own settings are bound by the caller: `functools.partial(focal, gamma=1.5)`.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # logits [B, C], target [B, C] -> [B, C]
 
 
 def bce(logits: Tensor, target: Tensor) -> Tensor:

@@ -4,9 +4,11 @@
 and overwrites the other's files), unless ACCELERATE_USE_CPU is set; so it is set here, before Accelerate looks at it.
 """
 
+import logging
 import os
 import random
 import sys
+import warnings
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -63,7 +65,16 @@ def start(amp_dtype: str = "auto", *, group: bool = False) -> Accelerator:
             f"the launcher started {world} processes, but {accelerator.num_processes} are connected; each would train "
             "alone. Check `distributed_type` in the accelerate configuration (MULTI_GPU for GPUs and for a CPU)"
         )
+    if world > 1:
+        _say_rank(accelerator.process_index)
     return accelerator
+
+
+def _say_rank(rank: int) -> None:
+    """Warnings and log lines of libraries, which come from any process, begin with its rank."""
+    plain = warnings.formatwarning
+    warnings.formatwarning = lambda *args, **kwargs: f"[rank {rank}] {plain(*args, **kwargs)}"
+    logging.basicConfig(level=logging.WARNING, format=f"[rank {rank}] %(name)s: %(message)s")
 
 
 def _from_env(name: str) -> int:

@@ -1,6 +1,7 @@
 import csv
 import os
 import pty
+import select
 import sys
 
 import pytest
@@ -65,7 +66,9 @@ def bars(folder, monkeypatch, **environment) -> bytes:
         log.say("a line")
         log.close()
         terminal.flush()
-        shown = os.read(ours, 100_000)
+        shown = b""
+        while select.select([ours], [], [], 0.2)[0]:
+            shown += os.read(ours, 100_000)
     os.close(ours)
     return shown
 

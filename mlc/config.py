@@ -78,6 +78,9 @@ class Config:
     strategy: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"
     """what the devices divide among them: `ddp` the batch; `fsdp2`, `zero3` weights, gradients and optimizer state too;
     `zero2` gradients and optimizer state; `zero1` optimizer state; `auto` takes the accelerate configuration's"""
+    collective_timeout: float = 600.0
+    """seconds that a process waits for another before it ends with an error; half an hour until the first step is
+    done. Longer than the first process takes to export weights, or any to fetch a batch from far away"""
     batch_size: int = 32
     """samples per device and forward pass"""
     global_batch_size: int | None = None
@@ -230,7 +233,7 @@ def _impossible(c: Config) -> Iterator[str]:
     for name in ("hflip", "vflip", "reprob", "mixup_prob", "kd_alpha", "smoothing", "drop", "drop_path", "threshold"):
         if not 0 <= getattr(c, name) <= 1:
             yield f"{flag(name)} must be in [0, 1], not {getattr(c, name)}"
-    for name in ("epochs", "lr", "kd_temp", "opt_eps", "crop_pct", "cache_gb"):
+    for name in ("epochs", "lr", "kd_temp", "opt_eps", "crop_pct", "cache_gb", "collective_timeout"):
         if not getattr(c, name) > 0:
             yield f"{flag(name)} must be above 0, not {getattr(c, name)}"
     for name in ("workers", "max_bad_samples", "mixup", "weight_decay", "warmup_lr", "min_lr", "wandb_samples"):

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mlc.data.dataset import BadSamples
+from mlc.data.loader import readers
 from mlc.inference import tta_views
 from mlc.metrics import multilabel, thresholds
 from mlc.models.export import load_exported
@@ -18,6 +19,7 @@ from shards.console import Parser, UserError, say
 
 
 @launch.peers()
+@readers()
 def main(argv: list[str] | None = None) -> None:
     options = _parser().parse_args(argv)
     views = tta_views(options.tta)

@@ -15,6 +15,7 @@ import yaml
 
 from mlc.config import Config, flag
 from shards.console import Parser, UserError, did_you_mean
+from shards.files import whole
 
 SHORT = {"batch_size": "-b", "workers": "-j", "validation_batch_size": "-vb"}
 RECIPES = Path(__file__).parent / "recipes"
@@ -64,7 +65,8 @@ def read_yaml(source: str | Path) -> dict[str, Any]:
 
 def write_yaml(config: Config, path: Path) -> None:
     settings = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(config).items()}
-    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    with whole(path) as building:
+        building.write_text(yaml.safe_dump(settings, sort_keys=False))
 
 
 def convert(value: Any, kind: Any) -> Any:

@@ -13,6 +13,7 @@ import torch
 
 from mlc.data.dataset import BadSamples, EvalDataset
 from mlc.data.filters import select_rows
+from mlc.data.loader import readers
 from mlc.data.reader import FolderReader, TarReader
 from mlc.data.remote import open_reader
 from mlc.data.sources import open_split
@@ -23,9 +24,11 @@ from mlc.models.export import exported_crop, load_exported
 from mlc.parallel import launch
 from shards.console import Parser, UserError, say
 from shards.dataset import Dataset, load_dataset
+from shards.files import disk_errors, whole
 
 
 @launch.peers()
+@readers()
 def main(argv: list[str] | None = None) -> None:
     options = _parser().parse_args(argv)
     if bool(options.data) == bool(options.images):
@@ -171,13 +174,12 @@ def write_submission(path: Path, ids: Sequence[str], classes: Sequence[str], pre
 
 
 def _write(path: Path, header: list[str], rows) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    building = path.with_suffix(".tmp")
-    with building.open("w", newline="", encoding="utf-8") as file:
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as building, building.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
-    building.replace(path)
 
 
 def _parser() -> Parser:

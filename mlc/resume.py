@@ -52,6 +52,7 @@ SILENT = (
     "dry_run",
     "log_tensorboard",
     "strategy",
+    "collective_timeout",
 )
 
 

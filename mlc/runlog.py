@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from mlc.data.dataset import Batch
 from mlc.flags import write_yaml
 from mlc.mirrors import Mirror, open_mirrors
 from shards.dataset import Index
+from shards.files import disk_errors, whole
 
 BAR = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
 
@@ -45,26 +46,20 @@ class RunLog:
             self._bar = Progress(*BAR, console=self._console, transient=True)
             self._task = self._bar.add_task(folder.name, total=steps, completed=resumed_step or 0)
             atexit.register(self._bar.stop)  # or an error leaves a terminal without a cursor
-        folder.mkdir(parents=True, exist_ok=True)
-        write_yaml(config, folder / "args.yaml")
         self._path = folder / "log.jsonl"
-        self._keep_until(-1 if resumed_step is None else resumed_step)
-        self._file = self._path.open("a", buffering=1)
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_yaml(config, folder / "args.yaml")
+            self._file = _open_until(self._path, -1 if resumed_step is None else resumed_step)
         self._mirrors = open_mirrors(folder, config, self.say, resumed_step)
-
-    def _keep_until(self, step: int) -> None:
-        """Drops what was logged after the step that is resumed from: it is about to happen again."""
-        kept = [line for line in read_log(self._path) if line["step"] <= step]
-        building = self._path.with_suffix(".tmp")
-        building.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        building.replace(self._path)
 
     def write(self, *, samples: list[dict[str, Any]] | None = None, **values: float) -> None:
         """One line of `log.jsonl`; `step`, `samples_seen` and `epoch` are among the values. `samples` are for views
         that can show images (see report/samples.py)."""
         if not self.enabled:
             return
-        self._file.write(json.dumps(values) + "\n")
+        with disk_errors(self._path):
+            self._file.write(json.dumps(values) + "\n")
         for mirror in self._mirrors:
             mirror.write(values | ({"samples": samples} if samples else {}))
         if any(name.startswith("val") for name in values):
@@ -102,6 +97,14 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def _open_until(path: Path, step: int) -> TextIO:
+    """For appending, without what was logged after the step that is resumed from: it is about to happen again."""
+    kept = [line for line in read_log(path) if line["step"] <= step]
+    with whole(path) as building:
+        building.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    return path.open("a", buffering=1)
+
+
 def write_summary(folder: Path) -> None:
     """`summary.csv`: one row per evaluation, with the last training values before it."""
     rows, latest = [], {}
@@ -111,7 +114,7 @@ def write_summary(folder: Path) -> None:
         else:
             latest = line
     names = list(dict.fromkeys(name for row in rows for name in row))
-    with (folder / "summary.csv").open("w", newline="") as file:
+    with whole(folder / "summary.csv") as building, building.open("w", newline="") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -163,14 +166,9 @@ class SampleLog:
         self._indexes, self._accelerator, self._rows = indexes, accelerator, []
         self._file = None
         if accelerator.is_main_process:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            kept = (
-                [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= resumed_step]
-                if path.exists()
-                else []
-            )
-            self._file = path.open("w", buffering=1)
-            self._file.writelines(line + "\n" for line in kept)
+            with disk_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = _open_until(path, resumed_step)
 
     def add(self, batch: Batch, lam: torch.Tensor | None) -> None:
         """Takes one micro-batch: position, data set, row, crc32 of the augmented uint8 image, own share of the mix."""
@@ -187,20 +185,17 @@ class SampleLog:
             keys = {position: self._indexes[source].key(row) for position, source, row, _, _ in rows}
             partners = [keys[row[0] ^ 1] if row[-1] < 1 else None for row in rows]
             sources = {"data": [row[1] for row in rows]} if len(self._indexes) > 1 else {}
-            self._file.write(
-                json.dumps(
-                    {
-                        "step": step,
-                        "first_position": rows[0][0],
-                        **sources,
-                        "keys": list(keys.values()),
-                        "crc32": [row[-2] for row in rows],
-                        "partner": partners,
-                        "lambda": [round(row[-1], 7) for row in rows],
-                    }
-                )
-                + "\n"
-            )
+            line = {
+                "step": step,
+                "first_position": rows[0][0],
+                **sources,
+                "keys": list(keys.values()),
+                "crc32": [row[-2] for row in rows],
+                "partner": partners,
+                "lambda": [round(row[-1], 7) for row in rows],
+            }
+            with disk_errors(Path(self._file.name)):
+                self._file.write(json.dumps(line) + "\n")
 
 
 # ---- lines for people ------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from mlc import rehearsal, resume
 from mlc.clock import Clock
 from mlc.config import Config
 from mlc.data.dataset import BadSamples, Batch, TrainDataset
-from mlc.data.loader import Waiting, load, plan_batches, train_positions
+from mlc.data.loader import Waiting, load, plan_batches, readers, train_positions
 from mlc.data.mixing import mix_lambda, mixup
 from mlc.data.order import DROPOUT, hash64
 from mlc.data.sources import Sources, open_sources, open_validation
@@ -42,6 +42,7 @@ from shards.console import UserError
 
 
 @launch.peers()
+@readers()
 def main(argv: list[str] | None = None) -> int:
     config = read_config(argv)
     if not config.dry_run:
@@ -107,6 +108,7 @@ def train(config: Config) -> int:
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.opt_betas, eps=config.opt_eps)
 
     if config.compile:
+        strategy.need_compiler(device)
         strategy.compile_blocks(bare)
     divided = strategy.divide(
         choice,
@@ -281,6 +283,8 @@ def train(config: Config) -> int:
         # step later, on all ranks alike, when they have arrived anyway, so that nobody waits for the device.
         arrived = [0.0] * 4 if in_flight is None else in_flight.tolist()
         due = accelerator.is_main_process and clock.checkpoint_due()
+        if in_flight is None:  # compiling and cold caches are over
+            launch.set_timeout(config.collective_timeout, *divided.groups)
         riders = torch.tensor([stop.check(), len(met), due], dtype=torch.float32, device=device)
         in_flight = launch.all_sum(torch.cat([step_loss[None], riders]))
         stopping = arrived[1] > 0

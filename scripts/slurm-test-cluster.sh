@@ -15,8 +15,9 @@ configure() {
   rm -rf "$dir/state"
   mkdir -p "$dir/state" "$dir/n1" "$dir/n2"
   [ -e "$dir/munge.key" ] || (umask 077; head -c 1024 /dev/urandom >"$dir/munge.key")
-  # Ports and job numbers (which are ports too, see train.sbatch) keep out of the way of another such cluster.
-  local port=$((30000 + RANDOM % 2000 * 3))
+  # Ports and job numbers (which are ports too, see train.sbatch) keep out of the way of another such cluster, and of
+  # those from 32768 on that the kernel gives to anybody.
+  local port=$((30000 + RANDOM % 900 * 3))
   cat >"$dir/slurm.conf" <<CONF
 ClusterName=mlc-test
 SlurmctldHost=$host(127.0.0.1)
@@ -40,9 +41,12 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
 ReturnToService=2
-# Signals and kills come soon after each other, and jobs start at once: a test waits for them.
-KillWait=5
+# Signals and kills come soon after each other, and jobs start at once: a test waits for them. A host that is slow or
+# busy gets all the time it needs.
+KillWait=2
 SchedulerParameters=batch_sched_delay=0,sched_interval=2
+MessageTimeout=60
+BatchStartTimeout=60
 FirstJobId=$((1 + RANDOM % 15000))
 NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 1)) CPUs=64 Gres=gpu:4
 NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 2)) CPUs=64 Gres=gpu:4
@@ -58,7 +62,7 @@ start() {
   slurmctld
   slurmd -N n1
   slurmd -N n2
-  for _ in $(seq 100); do
+  for _ in $(seq 300); do
     [ "$(sinfo --noheader --format '%D %T' 2>/dev/null)" = "2 idle" ] && return
     sleep 0.2
   done
@@ -69,9 +73,26 @@ start() {
 }
 
 stop() {
-  scancel --user "$user" 2>/dev/null || true
+  if [ -s "$dir/slurmctld.pid" ] && kill -0 "$(cat "$dir/slurmctld.pid")" 2>/dev/null; then
+    scancel --user "$user" || true
+    for _ in $(seq 50); do
+      [ -n "$(squeue --noheader)" ] || break
+      sleep 0.2
+    done
+  fi
   for daemon in n1 n2 slurmctld munged; do
     [ ! -s "$dir/$daemon.pid" ] || kill "$(cat "$dir/$daemon.pid")" 2>/dev/null || true
+  done
+  for _ in $(seq 50); do # they write their state and take their .pid away when they end
+    compgen -G "$dir/*.pid" >/dev/null || break
+    sleep 0.2
+  done
+  # What no daemon knows of any more: processes that have a job of this cluster in their environment.
+  local file pid
+  for file in /proc/[0-9]*/environ; do
+    if { grep -qzxF "SLURM_CONF=$SLURM_CONF" "$file" && grep -qz '^SLURM_JOB_ID=' "$file"; } 2>/dev/null; then
+      pid=${file#/proc/} && kill -9 "${pid%/environ}" 2>/dev/null || true
+    fi
   done
 }
 

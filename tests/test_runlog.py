@@ -3,11 +3,13 @@ import os
 import pty
 import select
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from mlc.config import Config
-from mlc.runlog import RunLog, duration, read_log
+from mlc.runlog import RunLog, SampleLog, duration, read_log
+from shards.console import UserError
 
 
 def write_steps(log: RunLog, steps) -> None:
@@ -38,6 +40,21 @@ def test_summary_has_a_row_per_evaluation_with_the_training_values_before_it(tmp
         ("4", "0.04", "0.25"),
         ("8", "0.08", "0.125"),
     ]
+
+
+def test_a_resumed_log_of_samples_survives_a_line_cut_by_a_crash(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    path.write_text('{"step": 1, "keys": ["a"]}\n{"step": 2, "keys": ["b"]}\n{"step": 3, "ke')
+    SampleLog(path, [], SimpleNamespace(is_main_process=True), resumed_step=1)
+    assert path.read_text() == '{"step": 1, "keys": ["a"]}\n'
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+def test_a_log_on_a_full_disk_ends_the_run_in_one_line(tmp_path):
+    log = RunLog(tmp_path, Config(), enabled=True, resumed_step=None)
+    log._file = open("/dev/full", "a", buffering=1)  # noqa: SIM115
+    with pytest.raises(UserError, match=r"log.jsonl could not be written \(No space left on device\).*--resume auto"):
+        log.write(step=1)
 
 
 def test_other_ranks_write_nothing(tmp_path):

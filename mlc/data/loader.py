@@ -6,8 +6,11 @@ micro-batch B and accumulation. Evaluation: rows in fixed blocks of B, block b t
 meets the same neighbours.
 """
 
+import ctypes
+import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +19,9 @@ from torch.utils.data import DataLoader
 
 from mlc.data.dataset import PREFETCH, Batch, EvalDataset, TrainDataset
 from shards.console import UserError
+
+WORKER = "DataLoader worker"  # so begin PyTorch's messages when one has ended
+_PDEATHSIG = 1  # <sys/prctl.h>
 
 
 @dataclass(frozen=True)
@@ -87,8 +93,16 @@ def load(
         collate_fn=_small_as_arrays,
         pin_memory=device.type == "cuda",
         prefetch_factor=PREFETCH if workers else None,
+        worker_init_fn=_die_with_parent,
     )
     return map(_as_tensors, batches)
+
+
+def _die_with_parent(worker: int) -> None:
+    """A worker inherits the connections to the other ranks: while it outlives a process that was killed (5 s, until
+    PyTorch's own watch notices), they would wait for the dead."""
+    with suppress(OSError, AttributeError):  # only Linux has it
+        ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _small_as_arrays(batch: Batch) -> dict[str, torch.Tensor | np.ndarray]:
@@ -98,6 +112,22 @@ def _small_as_arrays(batch: Batch) -> dict[str, torch.Tensor | np.ndarray]:
 
 def _as_tensors(batch: dict[str, torch.Tensor | np.ndarray]) -> Batch:
     return {name: torch.as_tensor(value) for name, value in batch.items()}
+
+
+@contextmanager
+def readers():
+    """Around a program: when one of its workers is killed, mostly because memory is short, that is one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if WORKER not in str(error):
+            raise
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or PyTorch says it again, in the middle of the next line
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(
+            f"a process that reads images ended: {reason}; mostly memory is short: fewer --workers or a smaller "
+            "--batch-size, then start again (a training with --resume auto)"
+        ) from None
 
 
 class Waiting:
@@ -136,6 +166,8 @@ class Waiting:
             batch = next(self._batches, None)
         except UserError as error:  # a worker's comes wrapped in its traceback
             raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
+        except (ConnectionError, EOFError, FileNotFoundError) as error:
+            raise RuntimeError(f"{WORKER} ended while it sent a batch ({type(error).__name__})") from error
         if batch is not None:
             with torch.cuda.stream(self._stream):  # does nothing where there is none
                 self._ahead = {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}

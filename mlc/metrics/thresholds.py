@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.console import UserError
+from shards.files import whole
 
 # What one F1 is taken over: a sample's row, a class's column, or everything as one long row. All three are then means
 # of F1 over the rows of a matrix, and one algorithm serves them.
@@ -99,7 +100,8 @@ def apply(scores: NDArray, thresholds: Mapping) -> NDArray[np.bool_]:
 def save(path: str | Path, *, metric: str, threshold: float, value: float) -> None:
     """Writes `thresholds.json`; the threshold survives the round trip to the last bit."""
     content = {"metric": metric, "global": float(threshold), "value": float(value)}
-    Path(path).write_text(json.dumps(content, indent=2) + "\n")
+    with whole(Path(path)) as building:
+        building.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def load(path: str | Path) -> dict:

@@ -6,7 +6,6 @@ gives the same logits without this package, and no pickle is ever opened to read
 """
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from mlc.models.heads import fold
 from shards.console import UserError
+from shards.files import disk_errors, whole
 
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 _FIX = "give a folder with exported weights, such as RUN/best"
@@ -81,18 +81,17 @@ def export(model: nn.Module, folder: str | Path, *, state: dict[str, Tensor] | N
     """
     config = timm_config(model, **described)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     state = fold(model.state_dict() if state is None else state, model.pretrained_cfg.get("classifier"))
-    building = folder / f".{_WEIGHTS}"
-    save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, building, {"format": "pt"})
-    os.replace(building, folder / _WEIGHTS)
+    with whole(folder / _WEIGHTS, SafetensorError) as building:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, building, {"format": "pt"})
     write_config(config, folder)
 
 
 def write_config(config: dict, folder: Path) -> None:
-    building = folder / f".{_CONFIG}"
-    building.write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(building, folder / _CONFIG)
+    with whole(folder / _CONFIG) as building:
+        building.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def exported_crop(config: dict) -> str:

@@ -42,6 +42,10 @@ NOTICED = 0.1  # seconds of waiting for the checkpoint before that are worth a l
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
+class _Agreed(RuntimeError):
+    """A failure that all ranks know of."""
+
+
 class Saver:
     """Writes a run's checkpoints; every rank makes one and calls `save` and `finish` at the same steps."""
 
@@ -77,14 +81,15 @@ class Saver:
         meta = json.loads(json.dumps(meta))  # a copy: the loop goes on changing it
         self._step = step
         if zero.is_engine(model):  # DeepSpeed writes its own files, and only while the loop waits
+            meta["shapes"] = zero.shapes(model.module, ema)
             self._failure = self._write(step, meta, functools.partial(self._write_engine, model, ema))
         else:
             state = share(state_of(model, optimizer, ema), self._rank, self._world)
             if self._host:
-                write = functools.partial(self._write_tensors, self._host.copy(state))
+                write = functools.partial(self._write_tensors, self._host.copy(state), staged=True)
                 self._writing = self._thread.submit(self._write, step, meta, write)
             else:
-                self._failure = self._write(step, meta, functools.partial(self._write_tensors, state))
+                self._failure = self._write(step, meta, functools.partial(self._write_tensors, state, staged=False))
         self._blocked += time.perf_counter() - begin
 
     def finish(self) -> None:
@@ -115,27 +120,33 @@ class Saver:
         if self._writing is not None:
             self._failure, self._writing = self._writing.result(), None
 
-    def _write_tensors(self, state: dict[str, Any], building: Place) -> dict[str, Any]:
-        writer, own = storage.writer(building, staged=self._host is not None)
+    def _write_tensors(self, state: dict[str, Any], building: Place, *, staged: bool) -> dict[str, Any]:
+        writer, own = storage.writer(building, staged=staged)
         dcp.save(state, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
         return own
 
     def _write_engine(self, engine, ema: torch.nn.Module | None, building: Place) -> dict[str, Any]:
+        """DeepSpeed's files, and beside them weights, buffers and EMA in the format of the other strategies."""
         failure = ""
         try:
             if not isinstance(building, Path):
                 raise UserError("DeepSpeed cannot write to a URL; --checkpoint-dir must be a folder")
-            zero.save_engine(engine, ema, building)
+            zero.save_engine(engine, building)
         except Exception as error:
             failure = _reason(error)
         if failed := [text for text in self._gathered(failure) if text]:
-            raise RuntimeError(failed[0])
-        return {}
+            raise _Agreed(failed[0])
+        written = storage.described(building / zero.FILES, part=self._rank, parts=self._world)
+        own = {f"{zero.FILES}/{name}": file for name, file in written.items()}
+        state = share(zero.parts(engine.module, ema), self._rank, self._world)
+        return own | self._write_tensors(state, building, staged=False)
 
     def _write(self, step: int, meta: dict[str, Any], write: Callable[[Place], dict[str, Any]]) -> str:
         """'' when the checkpoint is published, else why not; the same on all ranks.
 
         write: writes this process's part into a folder and describes its files, see `storage.writer`.
+
+        A failure that only one rank knows of is raised: the others wait for it here, and only its end tells them.
         """
         begin = time.perf_counter()
         folder = storage.at(self.root, storage.folder_name(step))
@@ -145,7 +156,7 @@ class Saver:
             files = {name: file for part in self._gathered(write(building)) for name, file in part.items()}
             written = datetime.now(UTC).isoformat(timespec="seconds")
             self._on_first(lambda: storage.publish(building, folder, meta | {"written": written, "files": files}))
-        except (dcp.api.CheckpointException, Exception) as error:  # the former is no Exception
+        except (dcp.api.CheckpointException, _Agreed) as error:
             failure = _reason(error)
             self._say(f"checkpoint of step {step} could not be written: {failure}; the next interval tries again")
             if self._rank == 0:
@@ -172,7 +183,7 @@ class Saver:
         if self._group:
             dist.broadcast_object_list(failure, src=0, group=self._group)
         if failure[0]:
-            raise RuntimeError(failure[0])
+            raise _Agreed(failure[0])
 
     def _gathered(self, value: Any) -> list[Any]:
         values = [value] * self._world
@@ -190,7 +201,8 @@ def load(
         UserError: the files do not fit the model, naming what differs.
     """
     if zero.is_engine(model):
-        zero.load_engine(model, ema, folder, storage.read_meta(folder)["world_size"])
+        _read(folder, zero.rest(model.module, ema))
+        zero.load_engine(model, folder, storage.read_meta(folder)["world_size"])
         return
     state = state_of(model, optimizer, ema)
     _read(folder, state)
@@ -224,9 +236,12 @@ def tensors(folder: Place) -> dict[str, Any]:
         UserError: what describes them is missing or damaged.
     """
     try:
-        return storage.reader(folder).read_metadata().state_dict_metadata
+        found = storage.reader(folder).read_metadata().state_dict_metadata
     except Exception as error:  # a damaged pickle fails in many ways
         raise UserError(f"checkpoint {folder} is damaged: .metadata: {_reason(error)}") from error
+    for name, shape in storage.read_meta(folder).get("shapes", {}).items():  # ZeRO-3 has them flat
+        found[name].size = torch.Size(shape)
+    return found
 
 
 def read_tensors(folder: Place, wanted: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -235,17 +250,22 @@ def read_tensors(folder: Place, wanted: Sequence[str]) -> Iterator[tuple[str, to
     Raises:
         UserError: a file is missing or damaged.
     """
-    described = tensors(folder)
+    described, flat = tensors(folder), storage.read_meta(folder).get("shapes", {})
     group: dict[str, torch.Tensor] = {}
     for name in wanted:
-        group[name] = torch.empty(described[name].size, dtype=described[name].properties.dtype)
+        size, dtype = described[name].size, described[name].properties.dtype
+        group[name] = torch.empty(size.numel() if name in flat else size, dtype=dtype)
         if sum(tensor.nbytes for tensor in group.values()) >= GROUP:
             _read(folder, group)
-            yield from group.items()
+            yield from _shaped(group, described)
             group = {}
     if group:
         _read(folder, group)
-        yield from group.items()
+        yield from _shaped(group, described)
+
+
+def _shaped(group: dict[str, torch.Tensor], described: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    return ((name, tensor.view(described[name].size)) for name, tensor in group.items())
 
 
 def _read(folder: Place, state: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ and overwrites the other's files), unless ACCELERATE_USE_CPU is set; so it is se
 import logging
 import os
 import random
+import re
 import sys
 import warnings
 from contextlib import contextmanager
@@ -16,10 +17,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+from mlc.parallel.srun import join_srun
 from shards.console import UserError
 
 # By these Accelerate would divide the model itself; see mlc/parallel/strategy.py.
 _OF_ACCELERATE = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+FIRST_TIMEOUT = 30 * 60.0  # seconds, until a first step is done: compiling, cold caches, converting a checkpoint
+_LOST = ("closed by peer", "reset by peer", "Broken pipe", "timeout caused pair closure")  # gloo's words
 
 
 def start(amp_dtype: str = "auto", *, group: bool = False) -> Accelerator:
@@ -57,7 +61,7 @@ def start(amp_dtype: str = "auto", *, group: bool = False) -> Accelerator:
         kwargs_handlers=[
             # Rank 0's running statistics are the model's: sent out before each forward pass and before each save.
             DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=True),
-            InitProcessGroupKwargs(timeout=timedelta(minutes=30)),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=FIRST_TIMEOUT)),
         ],
     )
     if accelerator.num_processes != world:
@@ -95,19 +99,41 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed & 0xFFFFFFFF)
 
 
+def set_timeout(seconds: float, *groups: torch.distributed.ProcessGroup) -> None:
+    """From now on a collective of all processes, or of these groups, fails when another keeps it waiting so long.
+
+    On GPUs NCCL's watchdog ends the process then, with a report of its own.
+    """
+    if torch.distributed.is_initialized():
+        of_torch = torch.distributed.distributed_c10d
+        change = getattr(of_torch, "set_timeout", None) or of_torch._set_pg_timeout  # its name in older torch
+        for group in (None, *groups):
+            change(timedelta(seconds=seconds), group)
+
+
 @contextmanager
 def peers():
-    """Around a program: when another process fails, this one says so in a line instead of a traceback of its own."""
+    """Around a program: knows the other processes when `srun` started them, and when one of them fails or hangs, this
+    one says so in a line and ends.
+    """
+    join_srun()
     try:
         yield
     except RuntimeError as error:
-        if any(word in str(error) for word in ("closed by peer", "reset by peer", "Broken pipe")):
-            print(
-                f"[rank {os.environ.get('RANK', 0)}] stopped: another process failed, its error is the one to read",
-                file=sys.stderr,
-            )
+        if reason := _lost(str(error)):
+            print(f"[rank {os.environ.get('RANK', 0)}] stopped: {reason}", file=sys.stderr, flush=True)
             os._exit(1)  # the process group is broken: an orderly exit would wait for the others
         raise
+
+
+def _lost(error: str) -> str:
+    """What the failure of a collective means, '' for any other error."""
+    if found := re.search(r"Timed out waiting (\d+)ms", error):
+        return (
+            f"waited {int(found[1]) / 1000:g} s for another process, which hangs or was itself stopped "
+            "(--collective-timeout); --resume auto goes on from the last checkpoint"
+        )
+    return "another process failed, its error is the one to read" if any(word in error for word in _LOST) else ""
 
 
 def all_sum(values: torch.Tensor) -> torch.Tensor:

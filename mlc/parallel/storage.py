@@ -82,14 +82,17 @@ def names(folder: Place) -> list[str]:
 
 
 def sizes(folder: Place) -> dict[str, int]:
-    """Bytes of each file in a folder."""
-    files = _files(folder)
+    """Bytes of each file below a folder, {path in it: size}."""
+    files, root = fsspec.core.url_to_fs(str(folder))
     files.invalidate_cache()
-    try:
-        found = files.ls(str(folder), detail=True)
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    return {name_of(info["name"]): info["size"] for info in found if info["type"] == "file"}
+    found = files.find(root, detail=True)
+    return {path.removeprefix(root.rstrip("/") + "/"): info["size"] for path, info in found.items()}
+
+
+def described(folder: Path, *, part: int, parts: int) -> dict[str, dict[str, Any]]:
+    """{path: {"bytes", "sha256"}} of each `parts`-th file below a folder from number `part` on; as `writer` returns."""
+    found = sorted(sizes(folder).items())[part::parts]
+    return {name: {"bytes": size, "sha256": sha256(at(folder, name))} for name, size in found}
 
 
 def delete(folder: Place) -> None:

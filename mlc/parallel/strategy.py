@@ -10,6 +10,7 @@ the environment it sets, and one code divides the model on CPUs and GPUs. All st
 
 import os
 import re
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -115,7 +116,8 @@ def divide(
     batch_size, accumulation: samples of a micro-batch on one device, micro-batches of a step.
 
     The result has `model` (for the forward pass in training), `optimizer` (its `param_groups`), `saved` (what
-    `checkpoint.save` and `load` take), `accumulate`, `backward` and `step`.
+    `checkpoint.save` and `load` take), `groups` (of processes, beside the one of all), `accumulate`, `backward` and
+    `step`.
     """
     if choice.zero_stage:
         from mlc.parallel.zero import Zero  # DeepSpeed is an extra, and slow to import
@@ -140,6 +142,8 @@ def divide(
 
 class Ddp:
     """Every process has the whole model; gradients are averaged while the last micro-batch goes backward."""
+
+    groups: tuple[torch.distributed.ProcessGroup, ...] = ()
 
     def __init__(self, accelerator, model, averaged, make_optimizer, *, clip):
         self._accelerator, self._clip = accelerator, clip or float("inf")
@@ -224,6 +228,13 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return [member for member in members if id(member) not in outer]
 
 
+def need_compiler(device: torch.device) -> None:
+    """Raises UserError where `--compile` would fall over in its first step: kernels for a CPU are C++."""
+    compiler = os.environ.get("CXX", "g++")
+    if device.type == "cpu" and not shutil.which(compiler):
+        raise UserError(f"--compile on a CPU needs a C++ compiler, but there is no {compiler}; install one")
+
+
 def compile_blocks(model: nn.Module) -> None:
     """torch.compile of each block, or of a model without blocks, in place; names stay as they are.
 
@@ -235,7 +246,12 @@ def compile_blocks(model: nn.Module) -> None:
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, 4 * len(parts))
     for part in parts:
-        part.forward = torch.compile(part.forward)
+        part.forward = torch.compile(part.forward, dynamic=False)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether it is one of those that `compile_blocks` has compiled."""
+    return "forward" in vars(module)
 
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from mlc.parallel.strategy import is_compiled
 from shards.console import UserError, say
 
-_FILES, _CONVERTED, _REST = "zero", "universal", "rest"  # folders in a checkpoint
+FILES, _CONVERTED = "zero", "universal"  # folders in a checkpoint
 
 
 class Zero:
@@ -33,6 +33,10 @@ class Zero:
                 f"--amp-dtype fp16 does not go with {choice.name}, where DeepSpeed clips the scaled gradient; use bf16"
             )
         deepspeed = _deepspeed(accelerator.device)
+        for block in filter(is_compiled, model.modules()):
+            # Stage 3 gathers it whole, from outside; by default each layer inside does, which torch.compile cannot see.
+            deepspeed.utils.set_z3_leaf_module(block, True)
+            block.register_forward_pre_hook(_with_gradient)
         config = _config(
             choice,
             bf16=accelerator.mixed_precision == "bf16",
@@ -49,6 +53,7 @@ class Zero:
             config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
             del config["gradient_clipping"]
             self._averaged = deepspeed.initialize(model=averaged, config=config)[0]
+        self.groups = (self.model.data_parallel_group,)  # DeepSpeed's copy of the group of all
         self.saved: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "ema": averaged}
 
     def accumulate(self, last: bool) -> AbstractContextManager:
@@ -77,6 +82,11 @@ class Zero:
         square = torch.stack(parts).square().sum() if parts else torch.zeros((), device=device)
         dist.all_reduce(square)
         return square.sqrt()
+
+
+def _with_gradient(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """DeepSpeed sees the end of a backward pass by the gradient of the input, which after frozen layers has none."""
+    return tuple(x if x.requires_grad or not torch.is_grad_enabled() else x.detach().requires_grad_() for x in inputs)
 
 
 def _deepspeed(device: torch.device):
@@ -129,29 +139,57 @@ def is_engine(model: nn.Module) -> bool:
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def save_engine(engine, averaged: nn.Module | None, folder: Path) -> None:
-    """Writes DeepSpeed's files into `folder/zero`, and into `folder/rest` what its universal checkpoints leave out:
-    the EMA, buffers and frozen parameters. All ranks call it.
+def save_engine(engine, folder: Path) -> None:
+    """Writes DeepSpeed's files into `folder/zero`. They leave out buffers, frozen parameters and the EMA, and nobody
+    but DeepSpeed can read them: `parts` has the weights for everybody else. All ranks call it.
     """
-    engine.save_checkpoint(str(folder), tag=_FILES, save_latest=False)
-    dcp.save(_rest(engine.module, averaged), checkpoint_id=str(folder / _REST))
+    engine.save_checkpoint(str(folder), tag=FILES, save_latest=False)
 
 
-def load_engine(engine, averaged: nn.Module | None, folder: Path, processes: int) -> None:
+def parts(model: nn.Module, averaged: nn.Module | None) -> dict[str, dict[str, Tensor]]:
+    """{"model", "ema"}: this process's part of all weights and buffers, sharing memory with them; those of ZeRO-3 as
+    flat DTensors.
+    """
+    modules = {"model": model} | ({"ema": averaged} if averaged is not None else {})
+    return {
+        key: {name: _part(tensor) for name, tensor in module.state_dict(keep_vars=True).items()}
+        for key, module in modules.items()
+    }
+
+
+def shapes(model: nn.Module, averaged: nn.Module | None) -> dict[str, list[int]]:
+    """{name in a checkpoint: shape} of what is flat there."""
+    modules = {"model": model} | ({"ema": averaged} if averaged is not None else {})
+    return {
+        f"{key}.{name}": list(tensor.ds_shape)
+        for key, module in modules.items()
+        for name, tensor in module.named_parameters()
+        if hasattr(tensor, "ds_tensor")
+    }
+
+
+def rest(model: nn.Module, averaged: nn.Module | None) -> dict[str, Tensor]:
+    """{name in a checkpoint: tensor} of what `load_engine` does not restore."""
+    trained = {f"model.{name}" for name, tensor in model.named_parameters() if tensor.requires_grad}
+    found = parts(model, averaged)
+    everything = {f"{key}.{name}": tensor for key in found for name, tensor in found[key].items()}
+    return {name: tensor for name, tensor in everything.items() if name not in trained}
+
+
+def load_engine(engine, folder: Path, processes: int) -> None:
     """Restores in place what `save_engine` wrote with so many processes; with another number now, rank 0 converts the
     files first. All ranks call it.
 
     Raises:
         UserError: the conversion failed.
     """
-    dcp.load(_rest(engine.module, averaged), checkpoint_id=str(folder / _REST))
     groups = engine.basic_optimizer.param_groups
     ours = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     converted = processes != dist.get_world_size()
     if converted:
         _convert(folder, processes)
         engine._config.load_universal_checkpoint = True  # read when it loads; there is no other way to say so late
-    engine.load_checkpoint(str(folder), tag=_CONVERTED if converted else _FILES, load_lr_scheduler_states=False)
+    engine.load_checkpoint(str(folder), tag=_CONVERTED if converted else FILES, load_lr_scheduler_states=False)
     engine._config.load_universal_checkpoint = False
     _undo(engine.basic_optimizer, ours)
     dist.barrier()
@@ -176,7 +214,7 @@ def _convert(folder: Path, processes: int) -> None:
         say(f"{folder} was written by {processes} processes: converting it for {dist.get_world_size()} ...")
         shutil.rmtree(folder / _CONVERTED, ignore_errors=True)
         command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-        command += ["--input_folder", str(folder / _FILES), "--output_folder", str(folder / _CONVERTED)]
+        command += ["--input_folder", str(folder / FILES), "--output_folder", str(folder / _CONVERTED)]
         done = subprocess.run(command, capture_output=True, text=True)
         (folder / "latest_universal").unlink(missing_ok=True)
         if done.returncode:
@@ -187,14 +225,6 @@ def _convert(folder: Path, processes: int) -> None:
             f"{folder} was written by {processes} processes and cannot be converted for {dist.get_world_size()}: "
             f"{failure[0]}; resume with {processes} processes"
         )
-
-
-def _rest(model: nn.Module, averaged: nn.Module | None) -> dict[str, Any]:
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict(keep_vars=True).items()}
-    rest = {name: tensor for name, tensor in tensors.items() if not tensor.requires_grad}
-    if averaged is not None:
-        rest |= {f"ema.{name}": tensor for name, tensor in averaged.state_dict(keep_vars=True).items()}
-    return {name: _part(tensor) for name, tensor in rest.items()}
 
 
 def _part(tensor: Tensor) -> Tensor:

@@ -1,3 +1,5 @@
+import multiprocessing
+import signal
 import time
 
 import numpy as np
@@ -5,7 +7,7 @@ import pytest
 import torch
 
 from mlc.data.dataset import TrainDataset
-from mlc.data.loader import Waiting, eval_blocks, load, plan_batches, train_positions
+from mlc.data.loader import Waiting, eval_blocks, load, plan_batches, readers, train_positions
 from mlc.data.sources import open_split
 from mlc.data.transforms import TrainTransform
 from shards.console import UserError
@@ -90,3 +92,22 @@ def test_preparing_ahead_changes_nothing(shards):
         prepared.append(batch["position"].tolist())
     assert prepared == seen == [list(range(8 * s, 8 * s + 8)) for s in range(5)]
     assert ahead.take_seconds() > 0 and ahead.take_seconds() == 0
+
+
+class Endless:
+    def __getitems__(self, positions):
+        return {"image": torch.zeros(1)}
+
+
+def test_a_worker_that_is_killed_is_one_line():
+    kept = signal.getsignal(signal.SIGCHLD)
+    with pytest.raises(UserError, match=r"DataLoader worker.*fewer --workers"), readers():
+        device = torch.device("cpu")
+        batches = Waiting(load(Endless(), iter(range(10**9)), workers=1, device=device), device)
+        for _ in range(10**6):
+            next(batches)
+            for worker in multiprocessing.active_children():
+                worker.kill()
+    signal.signal(signal.SIGCHLD, kept)
+    with pytest.raises(RuntimeError, match="other"), readers():
+        raise RuntimeError("other")

@@ -122,6 +122,15 @@ def test_the_next_save_waits_for_the_one_in_flight_and_says_so(saver, lines, mon
     assert seconds["ckpt/blocked_s"] > 0.2 and seconds["ckpt/write_s"] > 0 and saver.take_seconds() == {}
 
 
+def test_a_failure_that_one_rank_has_for_itself_ends_the_run(saver, lines, monkeypatch):
+    """The others wait for it within a collective: going on would leave them there."""
+    monkeypatch.setattr(storage, "writer", lambda *_, **__: 1 / 0)
+    saver.save(1, {}, **trained(0, 1))
+    with pytest.raises(ZeroDivisionError):
+        saver.finish()
+    assert not lines and not steps(saver.root)
+
+
 def test_weight_decay_and_learning_rate_are_those_of_the_new_settings(tmp_path):
     folder = saved(tmp_path, **trained(0, 2))
     other = trained(1, 0)

@@ -44,10 +44,18 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         launch.start()
 
 
-def test_the_failure_of_another_process_is_one_line(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        ("gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:23216", "another process failed"),
+        ("gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1500ms for recv operation", "waited 1.5 s for"),
+    ],
+)
+def test_the_failure_of_another_process_is_one_line(error, line, monkeypatch, capsys):
     monkeypatch.setattr(launch.os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
     with pytest.raises(SystemExit), launch.peers():
-        raise RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:23216")
-    assert "another process failed" in capsys.readouterr().err
+        raise RuntimeError(error)
+    said = capsys.readouterr().err
+    assert f"stopped: {line}" in said and said.count("\n") == 1
     with pytest.raises(RuntimeError, match="other"), launch.peers():
         raise RuntimeError("other")

@@ -98,6 +98,13 @@ def test_compiled_blocks_keep_their_names_and_values(monkeypatch):
     torch.testing.assert_close(ema.module.head.weight, plain.head.weight.detach() / 2)
 
 
+def test_compiling_for_a_cpu_without_a_compiler_is_refused_at_once(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    strategy.need_compiler(torch.device("cuda"))
+    with pytest.raises(UserError, match="no-such-compiler"):
+        strategy.need_compiler(torch.device("cpu"))
+
+
 @pytest.fixture
 def accelerator(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import BIN, ROOT, environment, log_of
+from conftest import BIN, ROOT, environment
+from processes import wait_until
 
 SCRIPT = ROOT / "scripts" / "slurm-test-cluster.sh"
 
@@ -39,14 +40,30 @@ class Cluster:
         words = self("scontrol", "--oneliner", "show", "job", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, number: str, *states: str, seconds: float = 240) -> dict[str, str]:
-        """Waits until the job is in one of these states and nowhere else."""
+    def wait(self, number: str, *states: str, seconds: float = 300) -> dict[str, str]:
+        """Waits until the job is in one of these states; how long only says when to give up on a slow machine."""
         deadline = time.monotonic() + seconds
         while (job := self.job(number))["JobState"] not in states:
             final = job["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
             assert not final and time.monotonic() < deadline, f"{job}\n{output(job)}"
             time.sleep(0.3)
         return job
+
+    def start_requeued(self, number: str) -> None:
+        """Spares a job the two minutes that Slurm lets it wait, but not the end of what it was before.
+
+        A node refuses it in the second in which that ended ("Job credential revoked").
+        """
+        wait_until(lambda: not steps(number))
+        self("scontrol", "update", f"JobId={number}", "StartTime=now+2")
+
+
+def steps(number: str) -> list[psutil.Process]:
+    """Slurm's own processes that look after a job on a node."""
+    found = psutil.process_iter(["cmdline"])
+    return [
+        process for process in found if " ".join(process.info["cmdline"] or []).startswith(f"slurmstepd: [{number}.")
+    ]
 
 
 def output(job: dict[str, str]) -> str:
@@ -64,51 +81,10 @@ def started() -> Iterator[Cluster]:
         reason = f"no {', '.join(missing)} on this machine (Debian: apt-get install slurm-wlm munge)"
         (pytest.fail if os.environ.get("MLC_REQUIRE_SLURM") else pytest.skip)(reason)
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
-    done = subprocess.run([SCRIPT, "start", folder], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([SCRIPT, "start", folder], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     try:
         yield Cluster(folder)
     finally:
-        subprocess.run([SCRIPT, "stop", folder], check=True, timeout=60)
+        subprocess.run([SCRIPT, "stop", folder], check=True, timeout=120)
         shutil.rmtree(folder, ignore_errors=True)
-
-
-# ---- The processes of a run ------------------------------------------------------------------------------------------
-
-
-def ranks(run: Path) -> list[psutil.Process]:
-    """The training processes of a run, and neither their launchers nor srun."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        words = process.info["cmdline"] or []
-        if str(run.parent) in words and run.name in words and "mlc" in words and "launch" not in words[:4]:
-            found += [process] if "srun" not in words[0] and "bash" not in words[0] else []
-    return found
-
-
-def alive(process: psutil.Process) -> bool:
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-
-
-def wait_for_step(run: Path, step: int, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    log = run / "log.jsonl"
-    while not log.exists() or max((line["step"] for line in log_of(run)), default=0) < step:
-        printed = "".join(file.read_text() for file in run.parent.glob("*.out"))
-        assert time.monotonic() < deadline, f"{run} has not reached step {step}\n{printed}"
-        time.sleep(0.02)
-
-
-def freeze(run: Path, *, at_step: int) -> list[psutil.Process]:
-    """Holds a run shortly after a step, so that what happens next happens there on a machine of any speed."""
-    wait_for_step(run, at_step)
-    processes = ranks(run)
-    assert processes
-    for process in processes:
-        process.suspend()
-    return processes
-
-
-def thaw(processes: list[psutil.Process]) -> None:
-    for process in processes:
-        process.resume()

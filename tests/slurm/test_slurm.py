@@ -1,23 +1,28 @@
 """A real Slurm stops, cuts and cancels runs; each goes on and ends as the one that nobody touched."""
 
 import csv
+import shlex
+import signal
 import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 
+import cluster as slurm
 import psutil
 import pytest
+import worlds
 import yaml
-from cluster import alive, freeze, output, ranks, started, thaw
-from conftest import TINY, log_of, run
+from cluster import output, started
+from conftest import TINY, log_of
+from processes import alive, freeze, hold, pending, ranks, thaw, wait_until
 
 from mlc import predict
 from mlc.parallel import storage
 
 pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
 
-STEPS = 30
+STEPS = 20
 SAMPLES = 100  # of the training split
 TWO_NODES = ["--nodes=2", "--gpus-per-node=1", "--cpus-per-task=1"]  # a process on each
 ONE_NODE = ["--nodes=1", "--gpus-per-node=2", "--cpus-per-task=2"]  # two processes on it
@@ -49,16 +54,21 @@ def arguments(data: Path, output: Path, *more: str, name: str = "run") -> list[s
 
 
 @pytest.fixture(scope="module")
-def untouched(data, tmp_path_factory) -> list[dict]:
-    """The log of two processes that nobody stopped, without Slurm."""
+def untouched(data, tmp_path_factory) -> Path:
+    """A run of two processes that nobody stopped, without Slurm."""
     folder = tmp_path_factory.mktemp("untouched")
-    run("train.py", *arguments(data, folder), processes=2)
-    return comparable(log_of(folder / "run"))
+    worlds.train(2, arguments(data, folder))
+    return folder / "run"
 
 
-def comparable(log: list[dict]) -> list[dict]:
+def losses(run: Path) -> list[dict]:
+    """The log without what the clock and the memory say."""
     timed = ("train/img_per_sec", "data/wait_frac", "sys/mem_gb", "ckpt/blocked_s", "ckpt/write_s")
-    return [{name: value for name, value in line.items() if name not in timed} for line in log]
+    return [{name: value for name, value in line.items() if name not in timed} for line in log_of(run)]
+
+
+def newest(run: Path) -> dict:
+    return storage.read_meta(storage.complete(run / "checkpoints")[-1])
 
 
 def sbatch(cluster, folder: Path, script: str, *argv: str, options: list[str] = ONE_NODE) -> str:
@@ -67,66 +77,72 @@ def sbatch(cluster, folder: Path, script: str, *argv: str, options: list[str] = 
 
 @pytest.fixture(scope="module")
 def cut(cluster, data, tmp_path_factory) -> tuple[Path, str]:
-    """A job that hangs at step 12 until its limit of two minutes is over. It takes that long, so it is begun early."""
+    """(folder, job) that hangs at step 12 until its time is over: a minute, which is why it is begun early."""
     folder = tmp_path_factory.mktemp("cut")
-    limit = [*ONE_NODE, "--time=2", "--signal=B:USR1@1"]
-    number = sbatch(cluster, folder, "train", *arguments(data, folder), options=limit)
+    number = sbatch(cluster, folder, "train", *arguments(data, folder), options=[*ONE_NODE, "--signal=B:USR1@1"])
     freeze(folder / "run", at_step=12)
+    cluster("scontrol", "update", f"JobId={number}", "TimeLimit=1")
     return folder, number
 
 
 def test_a_preempted_job_requeues_itself_and_ends_like_one_that_was_not(cluster, cut, data, untouched, tmp_path):
+    run = tmp_path / "run"
     number = sbatch(cluster, tmp_path, "train", *arguments(data, tmp_path), options=TWO_NODES)
-    held = freeze(tmp_path / "run", at_step=7)
+    held = freeze(run, at_step=7)
     assert len(held) == 2 and cluster.job(number)["NumNodes"] == "2"
     cluster("scancel", "--signal=USR1", "--batch", number)
-    wait_until((tmp_path / "run" / "STOP").exists)
+    wait_until((run / "STOP").exists)
     thaw(held)
 
     cluster.wait(number, "PENDING")
-    stopped = storage.read_meta(storage.complete(tmp_path / "run" / "checkpoints")[-1])["progress"]
+    stopped = newest(run)["progress"]
     assert 7 <= stopped["step"] < STEPS and stopped["samples_seen"] % SAMPLES  # in mid-epoch
-    cluster("scontrol", "update", f"JobId={number}", "StartTime=now")  # Slurm lets a requeued job wait two minutes
+    cluster.start_requeued(number)
     job = cluster.wait(number, "COMPLETED")
     assert job["Restarts"] == "1"
     printed = output(job)
     assert "back into the queue" in printed and f"step {stopped['step']}, " in printed  # appended to, not replaced
-    assert comparable(log_of(tmp_path / "run")) == untouched
-    assert not (tmp_path / "run" / "STOP").exists()
+    assert losses(run) == losses(untouched)
+    assert not (run / "STOP").exists()
 
 
-def wait_until(true, seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+def test_a_job_cut_by_its_limit_then_cancelled_in_mid_checkpoint_ends_like_one_that_was_not(
+    cluster, cut, data, untouched
+):
+    folder, number = cut
+    run = folder / "run"
+    checkpoints = run / "checkpoints"
+    cluster.wait(number, "TIMEOUT")
+    wait_until(lambda: not ranks(run))
+    kept = newest(run)["progress"]["step"]
+    assert 10 <= kept < STEPS - 2  # its last checkpoint, or a later one if there was time between SIGTERM and SIGKILL
 
-
-def test_scancel_in_mid_checkpoint_leaves_the_last_good_one(cluster, data, untouched, tmp_path):
-    checkpoints = tmp_path / "run" / "checkpoints"
-    number = sbatch(cluster, tmp_path, "train", *arguments(data, tmp_path))
-    wait_until(lambda: storage.complete(checkpoints), seconds=60)
-    processes = ranks(tmp_path / "run")
-    while True:  # until they were caught while they write
-        wait_until(lambda: unfinished(checkpoints))
-        for process in processes:
-            process.suspend()
-        if unfinished(checkpoints):
-            break
-        thaw(processes)
-    good = storage.complete(checkpoints)[-1]
+    number = sbatch(cluster, folder, "train", *arguments(data, folder, "--checkpoint-every", "1st"))
+    processes = freeze_while(run, lambda: unfinished(checkpoints))
+    good = newest(run)["progress"]["step"]
     cancelled = threading.Thread(target=hold_until_killed, args=[processes])
     cancelled.start()
     cluster("scancel", number)
     cancelled.join()
     job = cluster.wait(number, "CANCELLED")
-    assert unfinished(checkpoints) and storage.complete(tmp_path / "run" / "checkpoints")[-1] == good
-    assert "back into the queue" not in output(job)
+    assert f"step {kept}, " in output(job) and "back into the queue" not in output(job)
+    assert unfinished(checkpoints) and newest(run)["progress"]["step"] == good < STEPS
 
-    job = cluster.wait(sbatch(cluster, tmp_path, "train", *arguments(data, tmp_path)), "COMPLETED")
-    assert f"resumed from {good}" in output(job)
-    assert comparable(log_of(tmp_path / "run")) == untouched
+    job = cluster.wait(sbatch(cluster, folder, "train", *arguments(data, folder)), "COMPLETED")
+    assert f"step {good}, " in output(job)
+    assert losses(run) == losses(untouched)
     assert not unfinished(checkpoints)
+
+
+def freeze_while(run: Path, true) -> list[psutil.Process]:
+    """Holds a run at a moment that passes quickly: tries again until the moment was still there afterwards."""
+    while True:
+        wait_until(true)
+        processes = ranks(run)
+        hold(processes)
+        if processes and true():
+            return processes
+        thaw(processes)
 
 
 def hold_until_killed(processes: list[psutil.Process], seconds: float = 30) -> None:
@@ -164,21 +180,8 @@ def test_each_fold_is_a_run(cluster, data, tmp_path):
     assert list((tmp_path / "local" / "shards").glob("*.tar"))
 
 
-def test_a_job_cut_by_its_time_limit_goes_on_when_it_is_submitted_again(cluster, cut, data, untouched):
-    folder, number = cut
-    cluster.wait(number, "TIMEOUT", seconds=240)
-    wait_until(lambda: not ranks(folder / "run"))
-    kept = storage.read_meta(storage.complete(folder / "run" / "checkpoints")[-1])["progress"]["step"]
-    assert 10 <= kept < STEPS  # its last checkpoint, or a later one if there was time between SIGTERM and SIGKILL
-    job = cluster.wait(sbatch(cluster, folder, "train", *arguments(data, folder)), "COMPLETED")
-    assert f"step {kept}, " in output(job)
-    assert comparable(log_of(folder / "run")) == untouched
-
-
-def test_prediction_on_two_nodes_is_the_prediction_of_one_process(cluster, cut, data, tmp_path):
-    """Of a run that another test has finished."""
-    folder, _ = cut
-    argv = ["--run", str(folder / "run"), "--data", str(data), "--split", "test", "-j", "0", "-b", "8"]
+def test_prediction_on_two_nodes_is_the_prediction_of_one_process(cluster, data, untouched, tmp_path):
+    argv = ["--run", str(untouched), "--data", str(data), "--split", "test", "-j", "0", "-b", "8"]
     number = sbatch(cluster, tmp_path, "predict", *argv, "--out", str(tmp_path / "two"), options=TWO_NODES)
     predict.main([*argv, "--out", str(tmp_path / "one")])
     job = cluster.wait(number, "COMPLETED")
@@ -187,8 +190,34 @@ def test_prediction_on_two_nodes_is_the_prediction_of_one_process(cluster, cut, 
     assert len(list(csv.reader(one.splitlines()))) > 10
 
 
+def test_tasks_of_plain_srun_train_together_and_save_at_a_signal(cluster, data, untouched, tmp_path):
+    """No launcher: Slurm's own signal reaches every process."""
+    run, script = tmp_path / "run", tmp_path / "job"
+    script.write_text(f"#!/bin/bash\nexec srun --ntasks=2 python train.py {shlex.join(arguments(data, tmp_path))}\n")
+    number = cluster.sbatch("--ntasks=2", "--nodes=1", "--gpus=2", f"--output={tmp_path}/%j.out", str(script))
+    held = freeze(run, at_step=3)
+    cluster("scancel", "--signal=USR1", number)
+    wait_until(lambda: any(pending(process, signal.SIGUSR1) for process in held))
+    thaw(held)
+    job = cluster.wait(number, "COMPLETED")
+    meta = newest(run)
+    assert meta["world_size"] == 2 and 3 <= meta["progress"]["step"] < STEPS
+    assert job["ExitCode"] == "0:0" and "--resume auto goes on" in output(job)
+    assert losses(run) == losses(untouched)[: len(losses(run))]
+
+
 def test_a_mistake_in_the_command_ends_the_job_before_any_training(cluster, data, tmp_path):
     number = sbatch(cluster, tmp_path, "train", *arguments(data, tmp_path, "--epoch", "3"))
     job = cluster.wait(number, "FAILED")
     assert job["ExitCode"] == "2:0" and "did you mean --epochs" in output(job)
     assert not (tmp_path / "run").exists()
+
+
+def test_without_slurm_ci_fails_and_a_user_is_told(monkeypatch):
+    monkeypatch.setattr(slurm.shutil, "which", lambda name, path: None)
+    monkeypatch.delenv("MLC_REQUIRE_SLURM", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="no slurmctld, slurmd, sbatch, munged on this machine"), started():
+        pass
+    monkeypatch.setenv("MLC_REQUIRE_SLURM", "1")
+    with pytest.raises(pytest.fail.Exception, match="apt-get install slurm-wlm munge"), started():
+        pass

@@ -1,0 +1,132 @@
+"""Trains in one world after another, without paying for the imports each time; see tests/worlds.py.
+
+One line of JSON asks for a world, one line answers. Its processes are forked from here, where everything is imported
+and nothing has run yet, and connected as torchrun connects them. Where the name of a file in mlc/launch is asked for,
+accelerate's own launcher reads it, and only its last act, starting the processes, is done here.
+"""
+
+import functools
+import itertools
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  by ZeRO, which imports it late, and the compiler too
+import torch
+import torch.distributed.run
+from accelerate.commands import launch
+
+from mlc import train
+from mlc.parallel import strategy
+from shards.console import run
+
+LAUNCH = Path(train.__file__).parent / "launch"
+LONGEST = 300.0  # seconds of a world
+GRACE = 3.0  # seconds that the others have once one has failed; torchrun's are 30
+
+
+def started(config: str) -> tuple[int, dict[str, str]]:
+    """(number of processes, their environment) that `accelerate launch` makes of a shipped configuration."""
+    found = []
+    torch.distributed.run.run = lambda args: found.append((int(args.nproc_per_node), dict(os.environ)))
+    flags = ["--config_file", str(LAUNCH / f"{config}.yaml"), "--main_process_port", "0"]
+    launch.launch_command(launch.launch_command_parser().parse_args([*flags, "train.py"]))
+    return found[0]
+
+
+# ---- what a world may be asked to do besides -------------------------------------------------------------------------
+
+
+def frozen() -> None:
+    """A frozen patch embedding; there is no flag that freezes."""
+    build = train.build_model
+
+    def build_frozen(**settings):
+        model = build(**settings)
+        model.patch_embed.requires_grad_(False)
+        return model
+
+    train.build_model = build_frozen
+
+
+def no_inductor() -> None:
+    """torch.compile up to where a C++ compiler would be needed: tracing and autograd as ever, kernels of eager mode."""
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    strategy.need_compiler = lambda device: None
+
+
+def stopped() -> None:
+    """The last process sleeps for ever in its third step."""
+    seed, calls = train.launch.seed_everything, itertools.count()  # the first is for the weights
+
+    def seed_and_sleep(value: int) -> None:
+        seed(value)
+        if next(calls) == 3 and os.environ["RANK"] != "0":
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    train.launch.seed_everything = seed_and_sleep
+
+
+BESIDES = {setup.__name__: setup for setup in (frozen, no_inductor, stopped)}
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+
+def world(size: int | str, argv: list[str], besides: list[str]) -> dict:
+    count, environment = (size, {}) if isinstance(size, int) else started(size)
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    environment |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with tempfile.TemporaryFile() as output:
+        children = [os.fork() or member(rank, environment, argv, besides, output) for rank in range(count)]
+        codes = ended(children)
+        output.seek(0)
+        return {"codes": codes, "said": output.read().decode(errors="replace")}
+
+
+def member(rank: int, environment: dict, argv: list[str], besides: list[str], output) -> None:
+    code = 1
+    try:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+        os.environ |= {name: str(value) for name, value in {**environment, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        for name in besides:
+            BESIDES[name]()
+        code = run(train.main, argv)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def ended(children: list[int]) -> list[int]:
+    """Their exit codes. One that fails ends the others, as under torchrun."""
+    codes: dict[int, int] = {}
+    deadline = time.monotonic() + LONGEST
+    while len(codes) < len(children):
+        for child in set(children) - codes.keys():
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                codes[child] = os.waitstatus_to_exitcode(status)
+                if codes[child]:
+                    deadline = min(deadline, time.monotonic() + GRACE)
+            elif time.monotonic() > deadline:
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.01)
+    return [codes[child] for child in children]
+
+
+if __name__ == "__main__":
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is no answer
+    for line in sys.stdin:
+        print(json.dumps(world(**json.loads(line))), file=answers, flush=True)

@@ -107,10 +107,11 @@ def environment() -> dict[str, str]:
     }
 
 
-def run(*argv: str, processes: int = 1, check: bool = True, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        command(*argv, processes=processes), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300
-    )
+def run(*argv: str, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess:
+    """`train.py ...` or `-m mlc ...` in real processes, which a server forks; a launcher's time is only its imports."""
+    import worlds
+
+    done = worlds.call(processes, *(("train.py", [*argv[1:]]) if argv[0] == "train.py" else ("mlc", [*argv[2:]])))
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done
 

@@ -21,7 +21,7 @@ import torch
 import torch.distributed.run
 from accelerate.commands import launch
 
-from mlc import train
+from mlc import cli, evaluate, predict, train  # noqa: F401
 from mlc.parallel import strategy
 from shards.console import run
 
@@ -72,34 +72,40 @@ def stopped() -> None:
     train.launch.seed_everything = seed_and_sleep
 
 
+PROGRAMS = {"train.py": train.main, "mlc": cli.main}
 BESIDES = {setup.__name__: setup for setup in (frozen, no_inductor, stopped)}
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 
-def world(size: int | str, argv: list[str], besides: list[str]) -> dict:
+def world(size: int | str, program: str, argv: list[str], besides: list[str]) -> dict:
     count, environment = (size, {}) if isinstance(size, int) else started(size)
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    environment |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    with tempfile.TemporaryFile() as output:
-        children = [os.fork() or member(rank, environment, argv, besides, output) for rank in range(count)]
+    if count > 1:  # one alone is a plain `python train.py`
+        environment |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        files = output.fileno(), errors.fileno()
+        children = [os.fork() or member(rank, environment, program, argv, besides, files) for rank in range(count)]
         codes = ended(children)
-        output.seek(0)
-        return {"codes": codes, "said": output.read().decode(errors="replace")}
+        output.seek(0), errors.seek(0)
+        printed, said = (file.read().decode(errors="replace") for file in (output, errors))
+        return {"codes": codes, "printed": printed, "said": said}
 
 
-def member(rank: int, environment: dict, argv: list[str], besides: list[str], output) -> None:
+def member(rank: int, environment: dict, program: str, argv: list[str], besides: list[str], files: tuple) -> None:
     code = 1
     try:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-        os.environ |= {name: str(value) for name, value in {**environment, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        os.dup2(files[0], 1), os.dup2(files[1], 2)
+        ranks = {"RANK": rank, "LOCAL_RANK": rank} if environment else {}
+        os.environ |= {name: str(value) for name, value in {**environment, **ranks}.items()}
         for name in besides:
             BESIDES[name]()
-        code = run(train.main, argv)
+        code = run(PROGRAMS[program], argv)
+    except SystemExit as end:  # argparse
+        code = end.code or 0
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:

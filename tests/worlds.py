@@ -1,4 +1,4 @@
-"""Real processes that train together, a second after they are asked for: see tests/world_server.py."""
+"""Real processes that work together, a second after they are asked for: see tests/world_server.py."""
 
 import atexit
 import functools
@@ -29,10 +29,21 @@ def ask(size: int | str, argv: list[str], *besides: str) -> tuple[list[int], str
 
     besides: functions of world_server.py that are called first in each process.
     """
-    server = _server()
-    print(json.dumps({"size": size, "argv": argv, "besides": besides}), file=server.stdin, flush=True)
-    answer = json.loads(server.stdout.readline())
-    return answer["codes"], answer["said"]
+    answer = _answer(size, "train.py", argv, besides)
+    return answer["codes"], answer["printed"] + answer["said"]
+
+
+def call(processes: int, program: str, argv: list[str]) -> subprocess.CompletedProcess:
+    """`train.py ARGV` or `mlc ARGV` in so many processes, as if a launcher had been waited for."""
+    answer = _answer(processes, program, argv, ())
+    code = max(answer["codes"], key=abs)
+    return subprocess.CompletedProcess([program, *argv], code, answer["printed"], answer["said"])
+
+
+def _answer(size: int | str, program: str, argv: list[str], besides: tuple[str, ...]) -> dict:
+    server, asked = _server(), {"size": size, "program": program, "argv": argv, "besides": besides}
+    print(json.dumps(asked), file=server.stdin, flush=True)
+    return json.loads(server.stdout.readline())
 
 
 def train(size: int | str, argv: list[str], *besides: str) -> str:

@@ -15,7 +15,7 @@ from mlc.parallel import storage
 from mlc.parallel.checkpoint import Saver
 from shards.console import UserError
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("worlds")]
+pytestmark = pytest.mark.distributed
 
 STRATEGIES = ("ddp", "fsdp2")
 WORLDS = (1, 2, 3)

@@ -20,7 +20,7 @@ from processes import alive, freeze, hold, pending, ranks, thaw, wait_until
 from mlc import predict
 from mlc.parallel import storage
 
-pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
+pytestmark = pytest.mark.slurm
 
 STEPS = 20
 SAMPLES = 100  # of the training split

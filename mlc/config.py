@@ -69,6 +69,8 @@ class Config:
     """stochastic depth, rate at the last block"""
     grad_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third slower"""
+    attention: Literal["fast", "timm"] = "timm"
+    """window attention of Swin and SwinV2: ours, or timm's; both read and write the same weights"""
     compile: bool = False
     """torch.compile the model's blocks: the first step takes minutes, the others less"""
     model_kwargs: dict[str, Any] = field(default_factory=dict)

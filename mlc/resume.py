@@ -31,6 +31,7 @@ SILENT = (
     "pretrained",
     "pretrained_path",
     "grad_checkpointing",
+    "attention",
     "global_batch_size",
     "checkpoint_every",
     "checkpoint_hist",

@@ -84,6 +84,7 @@ def train(config: Config) -> int:
         drop_path=config.drop_path,
         model_kwargs=config.model_kwargs,
         grad_checkpointing=config.grad_checkpointing,
+        attention=config.attention,
     )
     if config.head_bias == "prior":
         samples = sampler.epoch_samples

@@ -16,6 +16,7 @@ from timm.models import get_deprecated_models, get_pretrained_cfg, load_state_di
 from torch import nn
 
 from mlc.models.heads import HEADS
+from mlc.models.swin_attention import use_fast_attention
 from shards.console import UserError, did_you_mean, listed, say
 
 # What timm and torch raise for arguments, a size or weights that make no model: they check little and fail anywhere.
@@ -34,6 +35,7 @@ def build_model(
     drop_path: float = 0.0,
     model_kwargs: dict | None = None,
     grad_checkpointing: bool = False,
+    attention: str = "timm",
 ) -> nn.Module:
     """A timm model in training mode: float [B, 3, H, W], normalised -> logits [B, num_classes].
 
@@ -42,6 +44,7 @@ def build_model(
     pretrained, pretrained_path: timm's published weights, or a file in their place (see `load_weights`).
     drop, drop_path: rates of dropout before the classifier and of stochastic depth.
     model_kwargs: further arguments of the timm model; they win over the above.
+    attention: `fast` gives Swin and SwinV2 our window attention, `timm` leaves timm's; weights are the same.
     UserError for an unknown name or head, arguments that the backbone refuses, and weights out of reach.
     """
     name, head = resolve_name(name, head)
@@ -58,6 +61,8 @@ def build_model(
         return model
 
     model = HEADS[head](create, num_classes)
+    if attention == "fast":
+        use_fast_attention(model)
     if grad_checkpointing:
         _checkpoint_gradients(model, name)
     return model

@@ -170,7 +170,14 @@ def test_weights_made_for_another_size_are_resampled_as_timm_does(tmp_path, name
     kwargs = {} if name == "test_vit" else TINY
     path = saved(tmp_path, timm.create_model(name, num_classes=3, **before, **kwargs).state_dict())
     size = after.pop("img_size")
-    mine = build_model(name=name, num_classes=3, img_size=size, pretrained_path=path, model_kwargs={**kwargs, **after})
+    mine = build_model(
+        name=name,
+        num_classes=3,
+        img_size=size,
+        pretrained_path=path,
+        model_kwargs={**kwargs, **after},
+        attention="timm",
+    )
     reference = timm.create_model(
         name,
         num_classes=3,

@@ -1,5 +1,7 @@
 """How fast is a step of Swin and SwinV2 with our window attention, beside timm's own, and how near to the peak?
 
+ConvNets may be given as well; ours have their weights in channels last.
+
 Three things are timed on random images that are on the device already: `forward` (evaluation, no gradients),
 `gradients` (forward and backward in training mode) and `step` (those, AdamW and zero_grad). Both candidates start from
 the same weights and take turns in one process. `of peak` is timm's number of matrix-product FLOPs, counted by
@@ -21,8 +23,8 @@ import common
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mlc.models.build import build_model
-from mlc.parallel.strategy import compile_blocks
+from mlc.models.build import build_model, fast_memory_format
+from mlc.parallel.compiler import compile_blocks
 from mlc.plan import GPUS
 
 MODELS = (
@@ -44,6 +46,8 @@ class Candidate:
         torch.manual_seed(0)
         self.device, self.batch = options.device, options.batch_size
         self.model = build_model(name=name, num_classes=1000, attention=attention).to(self.device)
+        if attention == "fast":
+            self.model.to(memory_format=fast_memory_format(self.model))
         size = self.model.pretrained_cfg["input_size"][-1]
         self.image = torch.randn(self.batch, 3, size, size, device=self.device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)

@@ -69,10 +69,14 @@ class Config:
     """stochastic depth, rate at the last block"""
     grad_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third slower"""
-    attention: Literal["fast", "timm"] = "timm"
+    attention: Literal["fast", "timm"] = "fast"
     """window attention of Swin and SwinV2: ours, or timm's; both read and write the same weights"""
+    memory_format: Literal["auto", "contiguous"] = "auto"
+    """`auto`: channels last for ConvNets, but where weights are divided (fsdp2, zero)"""
     compile: bool = False
     """torch.compile the model's blocks: the first step takes minutes, the others less"""
+    compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
+    """torch.compile's: `max-autotune-no-cudagraphs` tries several kernels for each product, which takes longer"""
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     """more arguments of the timm model, as k=v, e.g. --model-kwargs embed_dim=48 'depths=[2,2,2]'"""
 
@@ -203,6 +207,10 @@ class Config:
     """name of the run, its folder below --output (default: model and image size)"""
     dry_run: bool = False
     """build everything, train two steps, write a checkpoint, say shapes, memory and times; nothing is kept"""
+    deterministic: bool = False
+    """on a GPU: only kernels that give the same bits every time, some of them slower; a CPU's always do"""
+    profile: bool = False
+    """write a trace of steps 5 to 7 and a table of their ten costliest operators to profile/ in the run"""
     log_interval: int = 50
     """optimizer steps between two lines of the log"""
     log_wandb: bool = False

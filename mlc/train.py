@@ -25,7 +25,7 @@ from mlc.data.sources import Sources, open_sources, open_validation
 from mlc.data.transforms import TrainTransform, build_aa, erase, normalize, parse_crop
 from mlc.flags import read_config
 from mlc.metrics import thresholds
-from mlc.models.build import build_model
+from mlc.models.build import build_model, fast_memory_format
 from mlc.models.export import export, timm_config
 from mlc.models.heads import init_head_bias
 from mlc.models.teacher import Teacher
@@ -33,8 +33,9 @@ from mlc.optim.distill import combine, distill_loss
 from mlc.optim.ema import Ema, decay_at
 from mlc.optim.losses import LOSSES, Loss, smooth
 from mlc.optim.param_groups import param_groups
-from mlc.parallel import checkpoint, launch, storage, strategy
+from mlc.parallel import checkpoint, compiler, launch, storage, strategy
 from mlc.parallel.preempt import StopFlag
+from mlc.profiling import Profiler
 from mlc.report.samples import sample_table
 from mlc.runlog import Meter, RunLog, SampleLog, evaluation_line, memory_gb, training_line
 from mlc.validation import evaluate, goodness, refuse_unknown_metric
@@ -72,6 +73,8 @@ def train(config: Config) -> int:
     refuse_unknown_metric(config, dataset)
 
     # ---- Model -------------------------------------------------------------------------------------------------------
+    if config.deterministic:
+        launch.only_deterministic()
     launch.seed_everything(config.seed)  # the same first weights on every rank
     model = build_model(
         name=config.model,
@@ -92,6 +95,8 @@ def train(config: Config) -> int:
     mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
     transform = train_transform(config, mean)
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    if config.memory_format == "auto" and choice.name == "ddp":  # the others take contiguous weights only
+        model.to(memory_format=fast_memory_format(model))
     bare = model.to(device)  # what is averaged, evaluated and saved; the strategy may wrap it for training
     ema = Ema(bare) if config.model_ema else None
     averaged = ema.module if ema else None
@@ -106,11 +111,12 @@ def train(config: Config) -> int:
     # ---- Optimizer ---------------------------------------------------------------------------------------------------
     def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
         groups = param_groups(model, config.weight_decay)
-        return torch.optim.AdamW(groups, lr=config.lr, betas=config.opt_betas, eps=config.opt_eps)
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.opt_betas, eps=config.opt_eps, fused=True)
 
     if config.compile:
-        strategy.need_compiler(device)
-        strategy.compile_blocks(bare)
+        compiler.need_compiler(device)
+        compiler.compile_blocks(bare, config.compile_mode)
+    compilations = compiler.Compilations()
     divided = strategy.divide(
         choice,
         accelerator,
@@ -231,11 +237,11 @@ def train(config: Config) -> int:
         saver.save(step, meta, **divided.saved)
 
     # ---- Loop --------------------------------------------------------------------------------------------------------
-    def refuse_non_finite(grad_norm: torch.Tensor) -> None:
+    def refuse_non_finite(step: int, grad_norm: float) -> None:
         if not math.isfinite(grad_norm) and accelerator.scaler is None:
             raise UserError(
-                f"step {step + 1}: the gradient is {float(grad_norm)}; the weights were not changed, the last "
-                "checkpoint is good. Try a lower --lr, --clip-grad 1 or --amp-dtype bf16 and --resume auto; "
+                f"step {step}: the gradient is {grad_norm}; the weights were not changed by it, the last checkpoint is "
+                "good. Try a lower --lr, --clip-grad 1 or --amp-dtype bf16 and --resume auto; "
                 "--log-samples FILE names the images of each step"
             )
 
@@ -243,8 +249,10 @@ def train(config: Config) -> int:
     positions = train_positions(samples_seen, clock.total, plan, rank)
     batches = Waiting(load(stream, positions, workers=config.workers, device=device), device)
     elements = plan.global_batch * len(dataset.classes)  # the loss is a sum, divided once by the whole step's count
-    meter, interval_loss, interval_steps, in_flight = Meter(), torch.zeros((), device=device), 0, None
+    meter, interval_loss, interval_steps = Meter(), torch.zeros((), device=device), 0
+    in_flight: launch.Arriving | None = None
     met: list[tuple[str, str]] = []  # bad samples that this rank met and the others do not know of yet
+    profiler = Profiler(folder, device, log.say) if config.profile and accelerator.is_main_process else None
     model.train()
     while samples_seen < clock.total:
         lr = clock.lr(samples_seen)
@@ -273,32 +281,42 @@ def train(config: Config) -> int:
             step_loss += loss.detach()
             if sample_log:
                 sample_log.add(batch, lam)
-        grad_norm = divided.step(refuse_non_finite)
+        grad_norm = divided.step()
         step, samples_seen = step + 1, samples_seen + plan.global_batch
         if ema:
             ema.update(bare, decay_at(step, config.model_ema_decay, config.model_ema_warmup))
         if sample_log:
             sample_log.write(step)
 
-        # The stop flag, the number of bad samples and rank 0's clock ride on the loss's all-reduce. They are read one
-        # step later, on all ranks alike, when they have arrived anyway, so that nobody waits for the device.
-        arrived = [0.0] * 4 if in_flight is None else in_flight.tolist()
-        due = accelerator.is_main_process and clock.checkpoint_due()
+        # The gradient's norm, the stop flag, the number of bad samples and rank 0's clock ride on the loss's
+        # all-reduce. They are read one step later, on all ranks alike, when they have arrived anyway: nobody waits for
+        # the device.
         if in_flight is None:  # compiling and cold caches are over
             launch.set_timeout(config.collective_timeout, *divided.groups)
-        riders = torch.tensor([stop.check(), len(met), due], dtype=torch.float32, device=device)
-        in_flight = launch.all_sum(torch.cat([step_loss[None], riders]))
-        stopping = arrived[1] > 0
+        _, norm, stopped, found, clock_due = in_flight.read() if in_flight else [0.0] * 5
+        refuse_non_finite(step - 1, norm)
+        due = accelerator.is_main_process and clock.checkpoint_due()
+        riders = torch.tensor([stop.check(), len(met), due], dtype=torch.float32).to(device, non_blocking=True)
+        in_flight = launch.Arriving(torch.cat([step_loss[None], grad_norm[None].float() / world, riders]))
+        stopping = stopped > 0
         at_end = samples_seen >= clock.total
-        saving = at_end or stopping or arrived[3] > 0 or clock.passed("checkpoint_every", samples_seen)
-        if arrived[2] > 0 or (saving and in_flight[2].item() > 0):
+        saving = at_end or stopping or clock_due > 0 or clock.passed("checkpoint_every", samples_seen)
+        if saving:
+            _, norm, _, found_now, _ = in_flight.read()
+            refuse_non_finite(step, norm)
+            found += found_now
+        if found > 0:
             for text in bad.add(gather_object(met)):
                 log.say(text)
             met = []
-        interval_loss += in_flight[0]
+        interval_loss += in_flight.values[0]
         interval_steps += 1
         meter.add(plan.global_batch)
         log.advance(step)
+        if profiler:
+            profiler.step()
+        if config.compile and (text := compilations.new()):
+            log.say(f"step {step}: {text}")
         if step == 1 or step % config.log_interval == 0 or at_end:
             rate, seconds = meter.take()
             line = {
@@ -340,6 +358,8 @@ def train(config: Config) -> int:
         else:
             log.say(f"done; weights in {folder / ('best' if best else 'last')}")
         stop.clear()
+    if profiler:
+        profiler.close()
     log.close(**{f"best/{name}": value for name, value in (progress["best"] or {}).items()})
     accelerator.end_training()
     return 0

@@ -1,5 +1,6 @@
 """The training story in this process: each switch does what it says, each mistake is one line."""
 
+import gzip
 import json
 import math
 import time
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, log_of
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlc import train
 from mlc.config import Config
@@ -130,6 +132,55 @@ def test_starting_from_weights_on_disk(shards, tmp_path):
     train.main(argv(shards, tmp_path / "b", "--no-model-ema", "--pretrained-path", str(weights), "--lr", "1e-12"))
     a, b = (log_of(tmp_path / name / "run")[-1] for name in "ab")
     assert b["val/loss"] == pytest.approx(a["val/loss"], rel=1e-5)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what would wait for a GPU: values that the host asks for, and copies from it."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_asks_for_nothing_between_two_lines_of_the_log(shards, tmp_path):
+    """But for the loss and what rides on it, of the step before; so that a longer run asks no more than a short one."""
+    counts = []
+    for steps in (4, 8):
+        more = ["--max-steps", str(steps), "--log-interval", "100", "--val-split", "", "--mixup", "0.4"]
+        with HostReads() as reads:
+            args = argv(shards, tmp_path / str(steps), *more, "--reprob", "0.5", "--clip-grad", "0.1")
+            train.main([*args, "--checkpoint-every", "1000ep", "--global-batch-size", "16"])
+        counts.append(reads.count)
+    assert counts[0] == counts[1] > 0
+
+
+def test_a_profile_of_the_run(shards, tmp_path, capsys):
+    train.main(argv(shards, tmp_path, "--profile", "--max-steps", "8", "--val-split", ""))
+    folder = tmp_path / "run" / "profile"
+    said = capsys.readouterr().err
+    assert f"profile of 3 steps in {folder}" in said.replace("\n", "") and "there is no profile" not in said
+    assert "aten::" in (folder / "operators.txt").read_text()
+    with gzip.open(folder / "trace.json.gz") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {"ProfilerStep#4", "ProfilerStep#6"} <= names and "ProfilerStep#3" not in names
+
+
+def test_a_run_too_short_for_a_profile_says_so(shards, tmp_path, capsys):
+    train.main(argv(shards, tmp_path, "--profile", "--val-split", ""))
+    assert "shorter than 7 steps" in capsys.readouterr().err
+
+
+def test_deterministic_gives_the_same_run(shards, tmp_path):
+    for name, more in (("a", ["--deterministic"]), ("b", [])):
+        train.main(argv(shards, tmp_path / name, *more, "--mixup", "0.4"))
+        assert torch.are_deterministic_algorithms_enabled() == bool(more)
+        torch.use_deterministic_algorithms(False)
+    a, b = ([line["train/loss"] for line in log_of(tmp_path / n / "run") if "train/loss" in line] for n in "ab")
+    assert a == b
 
 
 def test_a_gradient_that_is_no_number_stops_before_it_does_harm(shards, tmp_path, capsys):

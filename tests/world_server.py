@@ -22,7 +22,7 @@ import torch.distributed.run
 from accelerate.commands import launch
 
 from mlc import cli, evaluate, predict, train  # noqa: F401
-from mlc.parallel import strategy
+from mlc.parallel import compiler
 from shards.console import run
 
 LAUNCH = Path(train.__file__).parent / "launch"
@@ -57,7 +57,7 @@ def frozen() -> None:
 def no_inductor() -> None:
     """torch.compile up to where a C++ compiler would be needed: tracing and autograd as ever, kernels of eager mode."""
     torch.compile = functools.partial(torch.compile, backend="aot_eager")
-    strategy.need_compiler = lambda device: None
+    compiler.need_compiler = lambda device: None
 
 
 def stopped() -> None:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from mlc.data.dataset import PREFETCH, Batch, EvalDataset, TrainDataset
 from shards.console import UserError
 
+ON_THE_HOST = ("position", "source", "bad")  # what only the host asks for; asking the device would wait for it
 WORKER = "DataLoader worker"  # so begin PyTorch's messages when one has ended
 _PDEATHSIG = 1  # <sys/prctl.h>
 
@@ -154,7 +155,8 @@ class Waiting:
             current = torch.cuda.current_stream(self._device)
             current.wait_stream(self._stream)
             for tensor in batch.values():
-                tensor.record_stream(current)  # its memory is not used again before the step has read it
+                if tensor.is_cuda:
+                    tensor.record_stream(current)  # its memory is not used again before the step has read it
         return batch
 
     def prepare(self) -> None:
@@ -170,8 +172,11 @@ class Waiting:
             raise RuntimeError(f"{WORKER} ended while it sent a batch ({type(error).__name__})") from error
         if batch is not None:
             with torch.cuda.stream(self._stream):  # does nothing where there is none
-                self._ahead = {name: tensor.to(self._device, non_blocking=True) for name, tensor in batch.items()}
+                self._ahead = {name: self._moved(name, tensor) for name, tensor in batch.items()}
         self.seconds += time.perf_counter() - begin
+
+    def _moved(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if name in ON_THE_HOST else tensor.to(self._device, non_blocking=True)
 
     def take_seconds(self) -> float:
         """Seconds waited since the last call."""

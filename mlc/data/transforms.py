@@ -3,6 +3,7 @@
 Every random choice comes from `Draws`, keyed by (seed, position), in a fixed order: crop, flips, augmentation.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -139,9 +140,14 @@ def random_box(size: tuple[int, int], scale: tuple[float, float], ratio: tuple[f
 
 def normalize(image: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
     """uint8 [B, 3, H, W], in any memory order, -> contiguous float32, (x / 255 - mean) / std per channel."""
-    mean_t = torch.tensor(mean, device=image.device).view(1, -1, 1, 1)
-    std_t = torch.tensor(std, device=image.device).view(1, -1, 1, 1)
+    mean_t, std_t = (_per_channel(tuple(values), image.device) for values in (mean, std))
     return image.contiguous().float().div_(255).sub_(mean_t).div_(std_t)
+
+
+@functools.lru_cache(maxsize=8)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Copied to the device once: each copy of a fresh tensor would wait for the device."""
+    return torch.tensor(values, device=device).view(1, -1, 1, 1)
 
 
 def erase_box(height: int, width: int, draws: Draws) -> tuple[int, int, int, int] | None:

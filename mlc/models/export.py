@@ -14,7 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mlc.models.build import fast_memory_format
 from mlc.models.heads import fold
+from mlc.models.swin_attention import use_fast_attention
 from shards.console import UserError
 from shards.files import disk_errors, whole
 
@@ -101,7 +103,8 @@ def exported_crop(config: dict) -> str:
 
 
 def load_exported(folder: str | Path) -> tuple[nn.Module, dict]:
-    """(model in eval mode on the CPU, the content of its `config.json`) from a folder that `export` wrote.
+    """(model in eval mode on the CPU, the content of its `config.json`) from a folder that `export` wrote, with our
+    attention and in the fastest memory format.
 
     The preprocessing is in `config["pretrained_cfg"]`, the class names are `config["label_names"]`. UserError for a
     file that is missing, damaged or does not fit the other.
@@ -120,7 +123,8 @@ def load_exported(folder: str | Path) -> tuple[nn.Module, dict]:
         raise UserError(f"{weights}: missing or damaged ({error}); {_FIX}") from error
     except RuntimeError as error:
         raise UserError(f"{weights} does not fit the {_CONFIG} beside it: {error}") from error
-    return model.eval(), config
+    use_fast_attention(model)
+    return model.to(memory_format=fast_memory_format(model)).eval(), config
 
 
 def _read_config(path: Path) -> dict:

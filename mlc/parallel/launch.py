@@ -136,11 +136,41 @@ def _lost(error: str) -> str:
     return "another process failed, its error is the one to read" if any(word in error for word in _LOST) else ""
 
 
+def only_deterministic() -> None:
+    """Operations give the same bits every time on the same device, or an error that names the one that cannot.
+
+    On CUDA cuBLAS reads its variable when the device is first used, so call it before that.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # which costs time and is for finding mistakes
+    torch.use_deterministic_algorithms(True)
+
+
 def all_sum(values: torch.Tensor) -> torch.Tensor:
     """The sum over all processes, in place; the tensor itself where there is one process."""
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(values)
     return values
+
+
+class Arriving:
+    """The sum of `values` [N] over all processes, on its way to the host: nobody waits before `read`.
+
+    The copy is queued right behind the sum. A `.tolist()` later on would queue behind all that was started meanwhile.
+    """
+
+    def __init__(self, values: torch.Tensor):
+        self.values = all_sum(values)
+        self._host = self.values.to("cpu", non_blocking=True)
+        self._copied = torch.cuda.Event() if values.is_cuda else None
+        if self._copied:
+            self._copied.record()
+
+    def read(self) -> list[float]:
+        if self._copied:
+            self._copied.synchronize()
+        return self._host.tolist()
 
 
 def same_buffers(*models: torch.nn.Module | None) -> None:

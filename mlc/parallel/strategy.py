@@ -5,12 +5,11 @@ CPU without a word, and its DeepSpeed rewrites the accumulation. What the accele
 the environment it sets, and one code divides the model on CPUs and GPUs. All strategies look the same to the story:
 
     with strategy.accumulate(last): strategy.backward(loss)     a mean over the processes, communicated when `last`
-    norm = strategy.step(check)                                 clip, `check(norm)` on all processes, AdamW
+    norm = strategy.step()                                      clip, AdamW; no update where the norm is not finite
 """
 
 import os
 import re
-import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -146,10 +145,9 @@ class Ddp:
     groups: tuple[torch.distributed.ProcessGroup, ...] = ()
 
     def __init__(self, accelerator, model, averaged, make_optimizer, *, clip):
-        self._accelerator, self._clip = accelerator, clip or float("inf")
-        optimizer = make_optimizer(model)
-        self.saved: dict[str, Any] = {"model": model, "optimizer": optimizer, "ema": averaged}
-        self.model, self.optimizer = self._prepare(model, optimizer)
+        self._accelerator, self._clip, self._bare = accelerator, clip, make_optimizer(model)
+        self.saved: dict[str, Any] = {"model": model, "optimizer": self._bare, "ema": averaged}
+        self.model, self.optimizer = self._prepare(model, self._bare)
 
     def _prepare(self, model, optimizer):
         return self._accelerator.prepare(model, optimizer)
@@ -160,11 +158,18 @@ class Ddp:
     def backward(self, loss: Tensor) -> None:
         self._accelerator.backward(loss)
 
-    def step(self, check: Callable[[Tensor], None]) -> Tensor:
-        """The gradient's norm over all parameters before clipping, 0-dim; `check` sees it first and may raise."""
-        norm = self._accelerator.clip_grad_norm_(self.model.parameters(), self._clip)
+    def step(self) -> Tensor:
+        """The gradient's norm over all parameters before clipping, 0-dim. Where it is not finite, nothing changes but
+        the gradient, which is gone. The host never waits for the device, but under fp16, whose scaler does.
+        """
+        self._accelerator.unscale_gradients()
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        check(norm)
+        if self._clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self._clip, norm)
+        if self._accelerator.scaler is None:  # which else says it itself
+            self._bare.found_inf = (~norm.isfinite()).float()  # read on the device by a fused optimizer
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
@@ -226,32 +231,6 @@ def blocks(model: nn.Module) -> list[nn.Module]:
         id(m) for m in members for part in m.modules() if part is not m and any(part is other for other in members)
     }
     return [member for member in members if id(member) not in outer]
-
-
-def need_compiler(device: torch.device) -> None:
-    """Raises UserError where `--compile` would fall over in its first step: kernels for a CPU are C++."""
-    compiler = os.environ.get("CXX", "g++")
-    if device.type == "cpu" and not shutil.which(compiler):
-        raise UserError(f"--compile on a CPU needs a C++ compiler, but there is no {compiler}; install one")
-
-
-def compile_blocks(model: nn.Module) -> None:
-    """torch.compile of each block, or of a model without blocks, in place; names stay as they are.
-
-    Call it before `divide` and after the EMA is copied. Only `forward` is compiled, so that the hooks that gather and
-    free weights stay outside.
-    """
-    parts = blocks(model) or [model]
-    # One limit for all that share a forward: each block is traced for training and for evaluation.
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, 4 * len(parts))
-    for part in parts:
-        part.forward = torch.compile(part.forward, dynamic=False)
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether it is one of those that `compile_blocks` has compiled."""
-    return "forward" in vars(module)
 
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from mlc.parallel.strategy import is_compiled
+from mlc.parallel.compiler import is_compiled
 from shards.console import UserError, say
 
 FILES, _CONVERTED = "zero", "universal"  # folders in a checkpoint
@@ -63,10 +63,10 @@ class Zero:
     def backward(self, loss: Tensor) -> None:
         self.model.backward(loss, scale_wrt_gas=False)
 
-    def step(self, check) -> Tensor:
+    def step(self) -> Tensor:
         norm = self._norm()
-        check(norm)
-        self.model.step()
+        if norm.isfinite():  # it waits for the device; so does DeepSpeed in every step
+            self.model.step()
         if self._averaged is not None:
             self._averaged.empty_partition_cache()
         return norm

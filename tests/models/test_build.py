@@ -6,7 +6,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from mlc.models.build import build_model, resolve_name
+from mlc.models.build import build_model, fast_memory_format, resolve_name
 from shards.console import UserError
 
 TINY = {"embed_dim": 16, "depths": (1, 2), "num_heads": (1, 2)}
@@ -232,3 +232,18 @@ def test_a_damaged_or_missing_file(tmp_path, name):
         tiny(pretrained_path=tmp_path / name)
     with pytest.raises(UserError, match="no such file"):
         tiny(pretrained_path=tmp_path / "nowhere.pth")
+
+
+@pytest.mark.parametrize(
+    "name, size, expected",
+    [("test_resnet", 64, True), ("test_convnext", 64, True), ("test_efficientnet", 64, True), ("test_vit", 160, False)],
+)
+def test_the_memory_format_changes_no_result(name, size, expected):
+    torch.manual_seed(0)
+    model = build_model(name=name, num_classes=3).eval().double()
+    image = torch.randn(2, 3, size, size, dtype=torch.float64)
+    logits = model(image)
+    layout = fast_memory_format(model)
+    model.to(memory_format=layout)
+    assert (layout is torch.channels_last) == expected
+    torch.testing.assert_close(model(image), logits)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from mlc.optim.ema import Ema
-from mlc.parallel import launch, strategy
+from mlc.parallel import compiler, launch, strategy
 from shards.console import UserError
 
 LAUNCHED = {  # what `accelerate launch` puts into the environment
@@ -89,7 +89,7 @@ def test_compiled_blocks_keep_their_names_and_values(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     model, plain = small(), small()
     ema = Ema(model)
-    strategy.compile_blocks(model)
+    compiler.compile_blocks(model)
     image = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(model(image), plain(image))
     assert model.state_dict().keys() == plain.state_dict().keys()
@@ -100,9 +100,9 @@ def test_compiled_blocks_keep_their_names_and_values(monkeypatch):
 
 def test_compiling_for_a_cpu_without_a_compiler_is_refused_at_once(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    strategy.need_compiler(torch.device("cuda"))
+    compiler.need_compiler(torch.device("cuda"))
     with pytest.raises(UserError, match="no-such-compiler"):
-        strategy.need_compiler(torch.device("cpu"))
+        compiler.need_compiler(torch.device("cpu"))
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_fsdp2_by_one_is_plain_training(accelerator):
             with divided.accumulate(last):
                 divided.backward(divided.model(image).square().sum())
         expected = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.1)
-        torch.testing.assert_close(divided.step(lambda norm: None), expected)
+        torch.testing.assert_close(divided.step(), expected)
         plain.step()
         plain.zero_grad()
         plain_ema.update(reference, 0.5)
@@ -142,24 +142,27 @@ def test_fsdp2_by_one_is_plain_training(accelerator):
             torch.testing.assert_close(strategy.full_state(mine), dict(theirs.state_dict()))
 
 
-def test_the_check_sees_the_gradient_before_the_weights_change(accelerator):
+def test_a_gradient_that_is_not_finite_changes_nothing(accelerator):
     model = small()
     divided = strategy.divide(
-        strategy.choose("fsdp2"), accelerator, model, None, _adamw, clip=None, batch_size=2, accumulation=1
+        strategy.choose("fsdp2"), accelerator, model, None, _adamw, clip=1.0, batch_size=2, accumulation=1
     )
-    before = copy.deepcopy(strategy.full_state(model))
-    divided.backward(divided.model(torch.randn(2, 3, 32, 32)).sum() * float("nan"))
-
-    def check(norm):
-        raise FloatingPointError(float(norm))
-
-    with pytest.raises(FloatingPointError, match="nan"):
-        divided.step(check)
-    torch.testing.assert_close(strategy.full_state(model), before)
+    image = torch.randn(2, 3, 32, 32)
+    for factor in (1.0, float("nan"), float("inf")):
+        before = copy.deepcopy(strategy.full_state(model)), copy.deepcopy(divided.optimizer.state_dict())
+        divided.backward(divided.model(image).sum() * factor)
+        finite = divided.step().isfinite()
+        after = strategy.full_state(model), divided.optimizer.state_dict()
+        assert finite == (factor == 1)
+        assert all(p.grad is None for p in model.parameters())
+        if finite:
+            assert any(not torch.equal(after[0][name], before[0][name]) for name in after[0])
+        else:
+            torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
 def _adamw(model: nn.Module, lr: float = 1e-2) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, fused=True)
 
 
 def test_the_shipped_configurations_say_what_their_names_say():

@@ -87,8 +87,8 @@ class Config:
     collective_timeout: float = 600.0
     """seconds that a process waits for another before it ends with an error; half an hour until the first step is
     done. Longer than the first process takes to export weights, or any to fetch a batch from far away"""
-    batch_size: int = 32
-    """samples per device and forward pass"""
+    batch_size: int | Literal["auto"] = 32
+    """samples per device and forward pass; `auto`: the most that fit into memory and divide --global-batch-size"""
     global_batch_size: int | None = None
     """samples per optimizer step over all devices; gradient accumulation follows from it (default: batch size x
     devices)"""
@@ -238,8 +238,10 @@ class Config:
 def _impossible(c: Config) -> Iterator[str]:
     """One line for each combination that cannot be meant."""
     for name in ("batch_size", "img_size", "log_interval", "checkpoint_hist"):
-        if getattr(c, name) < 1:
+        if getattr(c, name) != "auto" and getattr(c, name) < 1:
             yield f"{flag(name)} must be at least 1, not {getattr(c, name)}"
+    if c.batch_size == "auto" and c.global_batch_size is None:
+        yield "--batch-size auto needs --global-batch-size, the samples of a step, which it divides"
     for name in ("hflip", "vflip", "reprob", "mixup_prob", "kd_alpha", "smoothing", "drop", "drop_path", "threshold"):
         if not 0 <= getattr(c, name) <= 1:
             yield f"{flag(name)} must be in [0, 1], not {getattr(c, name)}"

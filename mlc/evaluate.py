@@ -7,6 +7,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from mlc.batch_size import in_prediction
 from mlc.data.dataset import BadSamples
 from mlc.data.loader import readers
 from mlc.inference import tta_views
@@ -20,6 +21,7 @@ from shards.console import Parser, UserError, say
 
 @launch.peers()
 @readers()
+@in_prediction()
 def main(argv: list[str] | None = None) -> None:
     options = _parser().parse_args(argv)
     views = tta_views(options.tta)

@@ -71,8 +71,8 @@ def write_yaml(config: Config, path: Path) -> None:
 
 def convert(value: Any, kind: Any) -> Any:
     """A value from YAML or the command line as the type of its field; ValueError says what was expected."""
-    if isinstance(kind, types.UnionType):  # X | None
-        return None if value is None or value in ("none", "None") else convert(value, typing.get_args(kind)[0])
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return _either(value, *typing.get_args(kind))
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         if value not in choices:
@@ -90,6 +90,19 @@ def convert(value: Any, kind: Any) -> Any:
             raise ValueError(f"expected `name: value` pairs, not {value!r}")
         return value
     return _scalar(value, kind)
+
+
+def _either(value: Any, kind: Any, other: Any) -> Any:
+    """X | None or X | Literal["a word"]."""
+    if other is type(None):
+        return None if value is None or value in ("none", "None") else convert(value, kind)
+    words = typing.get_args(other)
+    if value in words:
+        return value
+    try:
+        return convert(value, kind)
+    except ValueError as error:
+        raise ValueError(f"{error}, and not {' or '.join(words)}") from None
 
 
 def _scalar(value: Any, kind: type) -> Any:

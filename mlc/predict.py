@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mlc.batch_size import in_prediction
 from mlc.data.dataset import BadSamples, EvalDataset
 from mlc.data.filters import select_rows
 from mlc.data.loader import readers
@@ -29,6 +30,7 @@ from shards.files import disk_errors, whole
 
 @launch.peers()
 @readers()
+@in_prediction()
 def main(argv: list[str] | None = None) -> None:
     options = _parser().parse_args(argv)
     if bool(options.data) == bool(options.images):

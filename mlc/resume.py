@@ -161,6 +161,14 @@ def _everyones(value: str) -> list[str]:
     return values
 
 
+def micro_batch(start: Start, world: int) -> int | None:
+    """That of the checkpoint, if it goes on with as many processes: dropout is the same again with the same one."""
+    if not start.checkpoint or start.weights_only:
+        return None
+    meta = storage.read_meta(start.checkpoint)
+    return meta["config"]["batch_size"] if meta["world_size"] == world else None
+
+
 # ---- comparing -------------------------------------------------------------------------------------------------------
 
 

@@ -7,22 +7,22 @@ therefore restores weights, optimizer state and that integer, and goes on as if 
 
 import functools
 import math
-from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 
-from mlc import rehearsal, resume
+from mlc import batch_size, rehearsal, resume
+from mlc.batch_size import in_evaluation, in_training
 from mlc.clock import Clock
 from mlc.config import Config
-from mlc.data.dataset import BadSamples, Batch, TrainDataset
-from mlc.data.loader import Waiting, load, plan_batches, readers, train_positions
-from mlc.data.mixing import mix_lambda, mixup
+from mlc.data.batch import prepare, random_batch, train_transform
+from mlc.data.dataset import BadSamples, TrainDataset
+from mlc.data.loader import Waiting, load, readers, train_positions
 from mlc.data.order import DROPOUT, hash64
-from mlc.data.sources import Sources, open_sources, open_validation
-from mlc.data.transforms import TrainTransform, build_aa, erase, normalize, parse_crop
+from mlc.data.sources import open_sources, open_validation
 from mlc.flags import read_config
 from mlc.metrics import thresholds
 from mlc.models.build import build_model, fast_memory_format
@@ -46,10 +46,8 @@ from shards.console import UserError
 @readers()
 def main(argv: list[str] | None = None) -> int:
     config = read_config(argv)
-    if not config.dry_run:
+    with rehearsal.shortened(config) if config.dry_run else nullcontext(config) as config, in_training(config):
         return train(config)
-    with rehearsal.shortened(config) as short:
-        return train(short)
 
 
 def train(config: Config) -> int:
@@ -66,9 +64,7 @@ def train(config: Config) -> int:
     sources = open_sources(config)
     dataset, sampler = sources.dataset, sources.sampler
     validation = open_validation(config, dataset)
-    if config.dry_run and validation:
-        validation = validation[0], validation[1][: 2 * config.batch_size]
-    plan = plan_batches(config.global_batch_size, config.batch_size, world, pairs=config.mixup > 0)
+    plan = batch_size.plan(config, choice, world)
     clock = Clock(config, sampler.epoch_samples, plan.global_batch)
     refuse_unknown_metric(config, dataset)
 
@@ -108,6 +104,16 @@ def train(config: Config) -> int:
         alpha = -1.0 if config.focal_alpha is None else config.focal_alpha
         loss_fn = functools.partial(loss_fn, gamma=config.focal_gamma, alpha=alpha)
 
+    def forward(model: torch.nn.Module, image: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the loss summed over a micro-batch, logits [B, C])"""
+        with accelerator.autocast():
+            logits = model(image)
+            teacher_logits = teacher(image) if teacher else None
+        loss = loss_fn(logits, smooth(target, config.smoothing))
+        if teacher:
+            loss = combine(loss, distill_loss(logits, teacher_logits, config.kd_temp), config.kd_alpha)
+        return loss.sum(), logits
+
     # ---- Optimizer ---------------------------------------------------------------------------------------------------
     def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
         groups = param_groups(model, config.weight_decay)
@@ -116,6 +122,27 @@ def train(config: Config) -> int:
     if config.compile:
         compiler.need_compiler(device)
         compiler.compile_blocks(bare, config.compile_mode)
+    if config.batch_size == "auto":
+
+        def trial(size: int) -> None:
+            batch = random_batch(size, config.img_size, len(dataset.classes), device)
+            image, target, _ = prepare(batch, config, mean, std, mixing=True)
+            forward(bare, image, target)[0].backward()
+
+        plan, found = batch_size.find(
+            plan,
+            trial,
+            pairs=config.mixup > 0,
+            choice=choice,
+            model=bare,
+            averaged=averaged,
+            device=device,
+            before=resume.micro_batch(start, world),
+        )
+        config.batch_size = plan.batch_size  # from here on the run is the one with this number given by hand
+        start.notices.append(found)
+    if config.dry_run and validation:
+        validation = validation[0], validation[1][: 2 * config.batch_size]
     compilations = compiler.Compilations()
     divided = strategy.divide(
         choice,
@@ -136,7 +163,7 @@ def train(config: Config) -> int:
     facts |= {"versions": {"torch": torch.__version__}}
     if start.checkpoint:
         meta = storage.read_meta(start.checkpoint)
-        identity = data_identity(sources)
+        identity = sources.identity()
         resume.compare(meta, config, start=start, data=identity, classes=dataset.classes, facts=facts)
         then = meta.get("strategy", "ddp")
         strategy.refuse_other_files(then, choice.name, path=start.checkpoint, weights_only=start.weights_only)
@@ -184,7 +211,8 @@ def train(config: Config) -> int:
     def evaluate_and_keep_best() -> None:
         launch.same_buffers(bare, averaged)
         weights = {"val": bare} | ({"val_ema": averaged} if ema else {})
-        results = evaluate(weights, *validation, config, dataset, accelerator, loss_fn, mean, std, val_bad)
+        with in_evaluation(config):
+            results = evaluate(weights, *validation, config, dataset, accelerator, loss_fn, mean, std, val_bad)
         metrics = {name: result.metrics for name, result in results.items()}
         best_now = max(metrics, key=lambda name: goodness(metrics[name], config.eval_metric))
         samples = None
@@ -229,7 +257,7 @@ def train(config: Config) -> int:
             "progress": progress,
             "epoch": clock.epoch(samples_seen),
             "config": vars(config),
-            "data": data_identity(sources),
+            "data": sources.identity(),
             "classes": dataset.classes,
             "export": timm_config(bare, **described()),
             **facts,
@@ -267,13 +295,8 @@ def train(config: Config) -> int:
             image, target, lam = prepare(batch, config, mean, std, mixing=samples_seen < clock.mixup_off)
             last = micro == plan.accumulation - 1
             with divided.accumulate(last):
-                with accelerator.autocast():
-                    logits = model(image)
-                    teacher_logits = teacher(image) if teacher else None
-                loss = loss_fn(logits, smooth(target, config.smoothing))
-                if teacher:
-                    loss = combine(loss, distill_loss(logits, teacher_logits, config.kd_temp), config.kd_alpha)
-                loss = loss.sum() / elements
+                loss, logits = forward(model, image, target)
+                loss = loss / elements
                 if config.dry_run and step == micro == 0:
                     log.say(rehearsal.shapes(pixels=batch["image"], image=image, target=target, logits=logits))
                 divided.backward(loss * world)  # it takes the mean over ranks of what should be a sum
@@ -363,35 +386,3 @@ def train(config: Config) -> int:
     log.close(**{f"best/{name}": value for name, value in (progress["best"] or {}).items()})
     accelerator.end_training()
     return 0
-
-
-# ---- its steps -------------------------------------------------------------------------------------------------------
-
-
-def data_identity(sources: Sources) -> dict[str, str]:
-    """What must be the same for the stream of samples to go on: the data, and which of it comes how often."""
-    return {"data set": sources.fingerprint, "samples": sources.sampler.fingerprint}
-
-
-def train_transform(config: Config, mean: Sequence[float]) -> TrainTransform:
-    if config.aa:
-        build_aa(config.aa, config.img_size, tuple(mean))  # a policy that timm does not know is refused here
-    for crop in (config.crop, config.val_crop):
-        parse_crop(crop)
-    if config.val_crop == "rrc":
-        raise UserError("--val-crop rrc is random; use squish, center, pad or if-needed:2")
-    names = ("scale", "ratio", "hflip", "vflip", "aa", "crop")
-    return TrainTransform(size=config.img_size, mean=tuple(mean), **{name: getattr(config, name) for name in names})
-
-
-def prepare(
-    batch: Batch, config: Config, mean: Sequence[float], std: Sequence[float], *, mixing: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Normalised, erased and mixed on the device: image float32 [B, 3, H, W], target [B, C], lambda [B] or None."""
-    image, target = normalize(batch["image"], mean, std), batch["target"]
-    if config.reprob:
-        image = erase(image, batch["position"], prob=config.reprob, mode=config.remode, seed=config.seed)
-    if not (config.mixup and mixing):
-        return image, target, None
-    lam = mix_lambda(batch["position"], alpha=config.mixup, prob=config.mixup_prob, seed=config.seed)
-    return *mixup(image, target, lam), lam

@@ -70,6 +70,7 @@ def test_a_written_configuration_reads_back_equal(tmp_path):
         ("epoch: 3", ("unknown setting 'epoch'", "did you mean epochs")),
         ("epochs: many", ("epochs", "expected a number", "'many'")),
         ("batch_size: 3.5", ("batch_size", "whole number")),
+        ("batch_size: many", ("batch_size", "a whole number, not 'many', and not auto")),
         ("loss: bec", ("expected one of bce, focal", "did you mean bce")),
         ("scale: 0.4", ("scale", "2 numbers")),
         ("pretrained: maybe", ("pretrained", "true or false")),

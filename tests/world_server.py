@@ -72,8 +72,20 @@ def stopped() -> None:
     train.launch.seed_everything = seed_and_sleep
 
 
+def little_memory() -> None:
+    """The last process has memory for 2 images at a time."""
+    prepare = train.prepare
+
+    def prepare_few(batch, *args, **kwargs):
+        if len(batch["image"]) > 2 and os.environ["RANK"] == "1":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 1 has ...")
+        return prepare(batch, *args, **kwargs)
+
+    train.prepare = prepare_few
+
+
 PROGRAMS = {"train.py": train.main, "mlc": cli.main}
-BESIDES = {setup.__name__: setup for setup in (frozen, no_inductor, stopped)}
+BESIDES = {setup.__name__: setup for setup in (frozen, little_memory, no_inductor, stopped)}
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------

@@ -44,6 +44,23 @@ class BatchPlan:
         )
 
 
+def batch_sizes(global_batch: int, world_size: int, *, pairs: bool) -> list[int]:
+    """The micro-batches, ascending, that divide a global batch among so many devices; `pairs`: even ones.
+
+    Raises:
+        UserError: there is none.
+    """
+    step = 2 if pairs else 1
+    share, rest = divmod(global_batch, world_size)
+    if rest or share % step:
+        even = " x 2 (mixing pairs samples on a device)" if pairs else ""
+        raise UserError(
+            f"--global-batch-size {global_batch} is not a multiple of {world_size} process{'es' * (world_size > 1)}"
+            f"{even}; use a multiple of {world_size * step}"
+        )
+    return [size for size in range(step, share + 1, step) if share % size == 0]
+
+
 def plan_batches(global_batch: int | None, batch_size: int, world_size: int, *, pairs: bool) -> BatchPlan:
     """The division of a global batch; `pairs` when mixing needs an even number of samples on every device.
 
@@ -53,11 +70,10 @@ def plan_batches(global_batch: int | None, batch_size: int, world_size: int, *, 
     at_once = batch_size * world_size
     global_batch = global_batch or at_once
     if global_batch % at_once:
-        fits = [b for b in range(1, global_batch + 1) if global_batch % (b * world_size) == 0 and not (pairs and b % 2)]
-        hint = f"--batch-size one of {', '.join(map(str, fits))}" if fits else f"a multiple of {world_size}"
+        fits = batch_sizes(global_batch, world_size, pairs=pairs)
         raise UserError(
             f"--global-batch-size {global_batch} is not a multiple of --batch-size {batch_size} x {world_size} "
-            f"processes = {at_once}; use {hint}"
+            f"processes = {at_once}; use --batch-size one of {', '.join(map(str, fits))}"
         )
     if pairs and batch_size % 2:
         raise UserError(

@@ -31,6 +31,10 @@ class Sources:
     fingerprint: str
     natural: np.ndarray  # float64 [C]: share of the rows that have each class
 
+    def identity(self) -> dict[str, str]:
+        """What must be the same for the stream of samples to go on: the data, and which of it comes how often."""
+        return {"data set": self.fingerprint, "samples": self.sampler.fingerprint}
+
     def describe(self) -> Iterator[str]:
         """Lines for the log: the data sets where there are several, and what a sample of the stream is like."""
         sources, shares = self.sampler.sources, self.sampler.shares

@@ -1,0 +1,47 @@
+"""From what the settings say to what a training step sees: the workers' transform, then erasing and mixing on the
+device, a whole batch at a time.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from mlc.config import Config
+from mlc.data.augment import build_aa
+from mlc.data.dataset import Batch
+from mlc.data.mixing import mix_lambda, mixup
+from mlc.data.transforms import TrainTransform, erase, normalize, parse_crop
+from shards.console import UserError
+
+
+def train_transform(config: Config, mean: Sequence[float]) -> TrainTransform:
+    if config.aa:
+        build_aa(config.aa, config.img_size, tuple(mean))  # a policy that timm does not know is refused here
+    for crop in (config.crop, config.val_crop):
+        parse_crop(crop)
+    if config.val_crop == "rrc":
+        raise UserError("--val-crop rrc is random; use squish, center, pad or if-needed:2")
+    names = ("scale", "ratio", "hflip", "vflip", "aa", "crop")
+    return TrainTransform(size=config.img_size, mean=tuple(mean), **{name: getattr(config, name) for name in names})
+
+
+def random_batch(size: int, side: int, classes: int, device: torch.device) -> Batch:
+    """What `prepare` needs of a batch."""
+    return {
+        "image": torch.randint(256, (size, 3, side, side), dtype=torch.uint8, device=device),
+        "target": torch.rand(size, classes, device=device),
+        "position": torch.arange(size),
+    }
+
+
+def prepare(
+    batch: Batch, config: Config, mean: Sequence[float], std: Sequence[float], *, mixing: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Normalised, erased and mixed on the device: image float32 [B, 3, H, W], target [B, C], lambda [B] or None."""
+    image, target = normalize(batch["image"], mean, std), batch["target"]
+    if config.reprob:
+        image = erase(image, batch["position"], prob=config.reprob, mode=config.remode, seed=config.seed)
+    if not (config.mixup and mixing):
+        return image, target, None
+    lam = mix_lambda(batch["position"], alpha=config.mixup, prob=config.mixup_prob, seed=config.seed)
+    return *mixup(image, target, lam), lam

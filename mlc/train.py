@@ -211,7 +211,7 @@ def train(config: Config) -> int:
     def evaluate_and_keep_best() -> None:
         launch.same_buffers(bare, averaged)
         weights = {"val": bare} | ({"val_ema": averaged} if ema else {})
-        with in_evaluation(config):
+        with compiler.eager(), in_evaluation(config):
             results = evaluate(weights, *validation, config, dataset, accelerator, loss_fn, mean, std, val_bad)
         metrics = {name: result.metrics for name, result in results.items()}
         best_now = max(metrics, key=lambda name: goodness(metrics[name], config.eval_metric))

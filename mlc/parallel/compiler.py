@@ -1,12 +1,14 @@
 """torch.compile of a backbone, block by block: one block's code serves all of its shape, and what FSDP2 and ZeRO hang
-on a block stays outside. A run that compiles again and again in its middle is slower than one that never does, so it
-is counted and said.
+on a block stays outside. Evaluations run without it, so that they measure what `mlc predict` will compute, and nothing
+is compiled for them. A run that compiles again in its middle is slower than one that never does: it is counted and
+said.
 """
 
 import os
 import shutil
 
 import torch
+from timm.layers import DropPath
 from torch import nn
 from torch._dynamo.utils import calculate_time_spent, counters, get_compilation_metrics
 
@@ -28,12 +30,36 @@ def compile_blocks(model: nn.Module, mode: str = "default") -> None:
     free weights stay outside. `mode` is torch.compile's; those with CUDA graphs do not fit blocks, each of which would
     write over what the one before gave to it.
     """
+    _share_code(model)
     parts = blocks(model) or [model]
-    # One limit for all that share a forward: each block is traced for training and for evaluation.
+    # One limit for all that share a forward; each may be traced for training and for evaluation.
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, 4 * len(parts))
     for part in parts:
         part.forward = torch.compile(part.forward, dynamic=False, mode=mode)
+
+
+def eager():
+    """Within this context compiled blocks run as they were written."""
+    return torch.compiler.set_stance("force_eager")
+
+
+class _DropPath(DropPath):
+    """Stochastic depth whose rate is a tensor: a number would be a constant of the code, other in every block."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return x
+        keep = self.keep.to(x.dtype).expand(len(x), *(1,) * (x.ndim - 1))
+        return x * (torch.bernoulli(keep) / keep if self.scale_by_keep else torch.bernoulli(keep))
+
+
+def _share_code(model: nn.Module) -> None:
+    device = next(model.parameters()).device
+    for module in model.modules():
+        if type(module) is DropPath:
+            module.__class__ = _DropPath
+            module.register_buffer("keep", torch.tensor(1 - module.drop_prob, device=device), persistent=False)
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -42,7 +68,7 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 class Compilations:
-    """What this process has compiled. After the first training step and the first evaluation it should be all."""
+    """What this process has compiled. After the first training step it should be all."""
 
     def __init__(self):
         self._known = _graphs()

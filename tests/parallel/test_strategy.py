@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from mlc.optim.ema import Ema
-from mlc.parallel import compiler, launch, strategy
+from mlc.parallel import launch, strategy
 from shards.console import UserError
 
 LAUNCHED = {  # what `accelerate launch` puts into the environment
@@ -83,26 +83,6 @@ def small() -> nn.Module:
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=16, num_heads=2, num_classes=3)
     model.patch_embed.requires_grad_(False)
     return model
-
-
-def test_compiled_blocks_keep_their_names_and_values(monkeypatch):
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    model, plain = small(), small()
-    ema = Ema(model)
-    compiler.compile_blocks(model)
-    image = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(model(image), plain(image))
-    assert model.state_dict().keys() == plain.state_dict().keys()
-    model.head.weight.data.zero_()
-    ema.update(model, 0.5)
-    torch.testing.assert_close(ema.module.head.weight, plain.head.weight.detach() / 2)
-
-
-def test_compiling_for_a_cpu_without_a_compiler_is_refused_at_once(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    compiler.need_compiler(torch.device("cuda"))
-    with pytest.raises(UserError, match="no-such-compiler"):
-        compiler.need_compiler(torch.device("cpu"))
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from mlc.parallel.compiler import is_compiled
 from mlc.parallel.strategy import Choice, blocks
 from shards.console import UserError
 
-LESS = "--grad-checkpointing, a smaller --img-size or --strategy fsdp2 take less"
+LESS = "--grad-checkpointing all, a smaller --img-size or --strategy fsdp2 take less"
 
 
 def plan(config: Config, choice: Choice, world: int) -> BatchPlan:
@@ -226,5 +226,5 @@ def _smaller(config: Config) -> str:
         return f"with --batch-size {config.batch_size}; {LESS}"
     return (
         f"with --batch-size {config.batch_size}: --batch-size {fit[-1]} --global-batch-size {total} is the same run in "
-        "less memory, --grad-checkpointing too"
+        "less memory, --grad-checkpointing all too"
     )

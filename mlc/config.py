@@ -5,11 +5,14 @@ the flag. Durations are written `2ep`, `500st` or `10000ex` (epochs, optimizer s
 epochs. Only checkpoints may hang on the wall clock: `10min`.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from shards.console import UserError
+
+RECOMPUTED = r"none|all|attention|every:([1-9]\d*)"  # what --grad-checkpointing takes
 
 
 @dataclass(kw_only=True)
@@ -67,8 +70,9 @@ class Config:
     """dropout before the classifier"""
     drop_path: float = 0.0
     """stochastic depth, rate at the last block"""
-    grad_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, about a third slower"""
+    grad_checkpointing: str = "none"
+    """what to compute again in the backward pass instead of keeping it: `all` blocks, least memory and about a third
+    slower; `every:K`: every K-th block; `attention`: that of each block (docs/hardware.md)"""
     attention: Literal["fast", "timm"] = "fast"
     """window attention of Swin and SwinV2: ours, or timm's; both read and write the same weights"""
     memory_format: Literal["auto", "contiguous"] = "auto"
@@ -255,6 +259,8 @@ def _impossible(c: Config) -> Iterator[str]:
         low, high = getattr(c, name)
         if not 0 < low <= high:
             yield f"{flag(name)} takes a smaller and a larger number above 0, not {low} {high}"
+    if not re.fullmatch(RECOMPUTED, c.grad_checkpointing):
+        yield f"--grad-checkpointing {c.grad_checkpointing}: choose none, all, attention or every:K (every K-th block)"
     if c.max_steps is not None and c.max_steps < 1:
         yield f"--max-steps must be at least 1, not {c.max_steps}"
     if c.pretrained and c.pretrained_path:

@@ -1,8 +1,7 @@
 """`mlc plan`: what a run will need, before any GPU is rented: memory by strategy, step time, loader, checkpoints.
 
-Nothing is trained and no memory is taken: the model runs forward on fake tensors, which count every operation and every
-activation that autograd would keep. The formulas are in docs/planning.md; a plan is an estimate, `train.py --dry-run` a
-measurement.
+Nothing is trained: operations and activations are counted on tensors without memory (mlc/footprint.py). The formulas
+are in docs/planning.md; a plan is an estimate, `train.py --dry-run` a measurement.
 """
 
 import json
@@ -10,15 +9,10 @@ import math
 from argparse import Namespace
 from dataclasses import asdict, dataclass
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
-from mlc.models.build import build_model
-from mlc.parallel.strategy import blocks
+from mlc.footprint import Costs, count
 from shards.console import Parser, UserError, did_you_mean
 
 # Name: (memory in GiB, dense bf16 TFLOP/s) as the makers' data sheets give them; T4 and V100 have fp16 instead.
@@ -51,89 +45,16 @@ DIVIDED = {
 }
 
 
-@dataclass(frozen=True)
-class Costs:
-    """`flops` of a forward pass and bytes of `activations` that autograd keeps, both of one image; parameters of the
-    `largest` block."""
-
-    parameters: int
-    trainable: int
-    largest: int
-    flops: int
-    activations: int
-
-
 def costs(options: Namespace) -> Costs:
-    """Builds the model without memory and runs one image through it. Raises UserError for an impossible model."""
-    model = build_model(
+    """Raises UserError for an impossible model."""
+    return count(
         name=options.model,
         num_classes=options.num_classes,
         img_size=options.img_size,
-        grad_checkpointing=options.grad_checkpointing,
+        amp=options.amp_dtype,
+        attention=options.attention,
+        again=options.grad_checkpointing,
     )
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        _fake(model, mode)
-        image = torch.zeros(1, 3, options.img_size, options.img_size)
-        autocast = options.amp_dtype != "none"
-        with FlopCounterMode(display=False) as counter:
-            kept, _ = saved_bytes(model, image, autocast=autocast)
-        if options.grad_checkpointing:  # in the backward pass one block at a time has its activations after all
-            model.set_grad_checkpointing(False)
-            kept += saved_bytes(model, image, autocast=autocast)[1]
-    parameters = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Costs(parameters, trainable, _largest_block(model), counter.get_total_flops(), kept)
-
-
-def _fake(model: nn.Module, mode: FakeTensorMode) -> None:
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            fake = mode.from_tensor(parameter.detach())
-            setattr(module, name, nn.Parameter(fake, requires_grad=parameter.requires_grad))
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, mode.from_tensor(buffer))
-
-
-def saved_bytes(model: nn.Module, image: torch.Tensor, *, autocast: bool) -> tuple[int, int]:
-    """Bytes that the forward pass keeps for the backward pass beyond the parameters, each storage once: of all the
-    model, and of its hungriest block."""
-    own = {id(p) for p in model.parameters()} | {id(b) for b in model.buffers()}
-    kept: dict[int, int] = {}
-    held = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in own and id(tensor._base) not in own:
-            storage = tensor.untyped_storage()
-            kept[storage._cdata] = storage.nbytes()
-            held.append(storage)  # an address is only a name while nobody else can get it
-        return tensor
-
-    entered: dict[nn.Module, int] = {}
-    most = 0
-
-    def enter(block: nn.Module, _) -> None:
-        entered[block] = sum(kept.values())
-
-    def leave(block: nn.Module, _, __) -> None:
-        nonlocal most
-        most = max(most, sum(kept.values()) - entered[block])
-
-    hooks = [
-        hook for b in blocks(model) for hook in (b.register_forward_pre_hook(enter), b.register_forward_hook(leave))
-    ]
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False),
-    ):
-        model(image)
-    for hook in hooks:
-        hook.remove()
-    return sum(kept.values()), most
-
-
-def _largest_block(model: nn.Module) -> int:
-    """Parameters of the largest module that FSDP gathers at once."""
-    return max(sum(p.numel() for p in block.parameters()) for block in blocks(model) or [model])
 
 
 @dataclass(frozen=True)
@@ -168,12 +89,12 @@ def fixed_bytes(strategy: str, c: Costs, gpus: int, *, autocast: bool, ema: bool
 def estimate(strategy: str, c: Costs, options: Namespace) -> Estimate:
     room, _ = GPUS[options.gpu]
     fixed = fixed_bytes(strategy, c, options.gpus, autocast=options.amp_dtype != "none", ema=not options.no_model_ema)
-    left = room * USABLE * 2**30 - fixed - CONTEXT_GB * 2**30
-    most = int(left // max(c.activations, 1))
+    once = fixed + CONTEXT_GB * 2**30 + c.shared
+    most = int((room * USABLE * 2**30 - once) // max(c.activations, 1))
     share = options.global_batch_size // options.gpus
     fits = [b for b in range(1, share + 1) if share % b == 0 and b <= most]
     batch = fits[-1] if fits else None
-    used = fixed + CONTEXT_GB * 2**30 + c.activations * (batch or 1)
+    used = once + c.activations * (batch or 1)
     return Estimate(strategy, fixed / 2**30, batch, used / 2**30)
 
 
@@ -181,9 +102,8 @@ def plan(options: Namespace) -> dict:
     """Everything `--json` prints."""
     c = costs(options)
     _, tflops = GPUS[options.gpu]
-    passes = 4 if options.grad_checkpointing else 3  # forward once, backward twice as much, recomputed forward
-    per_image = c.flops * passes
-    rate = options.mfu * tflops * 1e12 * options.gpus / (3 * c.flops)  # MFU does not count what is recomputed
+    per_image = 3 * c.flops + c.recomputed  # forward once, backward twice as much
+    rate = options.mfu * tflops * 1e12 * options.gpus / per_image
     state = (4 * c.parameters * (1 if options.no_model_ema else 2)) + ADAM_BYTES * c.trainable
     strategies = DIVIDED if options.gpus > 1 else {"ddp": ""}
     return {
@@ -222,7 +142,8 @@ def _say(found: dict, options: Namespace) -> None:
     c, console = found["costs"], Console(highlight=False)
     console.print(
         f"{options.model} at {options.img_size} px: {c['parameters'] / 1e6:.1f} M parameters, "
-        f"{c['flops'] / 2e9:.1f} GMAC forward, {c['activations'] / 2**20:.0f} MiB of activations an image"
+        f"{c['flops'] / 2e9:.1f} GMAC forward, {c['activations'] / 2**20:.0f} MiB of activations an image "
+        f"and {c['shared'] / 2**20:.0f} MiB for all"
     )
     table = Table(title=f"{options.gpus} x {options.gpu}, global batch {options.global_batch_size}")
     for name in ("strategy", "fixed, GiB", "micro-batch", "accumulation", "used, GiB"):
@@ -262,7 +183,8 @@ def _parser() -> Parser:
     add("--gpu", default="a4000", help=f"kind: {', '.join(GPUS)} (default: a4000)")
     add("--global-batch-size", type=int, default=32, help="samples per optimizer step (default: 32)")
     add("--amp-dtype", choices=("bf16", "fp16", "none"), default="bf16", help="autocast (default: bf16)")
-    add("--grad-checkpointing", action="store_true", help="recompute activations")
+    add("--attention", choices=("fast", "timm"), default="fast", help="of Swin and SwinV2 (default: fast)")
+    add("--grad-checkpointing", default="none", help="none, all, attention or every:K (default: none)")
     add("--no-model-ema", action="store_true", help="no averaged weights")
     add("--mfu", type=float, default=0.25, help="share of the GPU's peak that is reached (default: 0.25)")
     add("--images-per-core", type=int, default=1000, help="what a core decodes a second (benchmarks/loader.py)")

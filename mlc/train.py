@@ -35,6 +35,7 @@ from mlc.optim.losses import LOSSES, Loss, smooth
 from mlc.optim.param_groups import param_groups
 from mlc.parallel import checkpoint, compiler, launch, storage, strategy
 from mlc.parallel.preempt import StopFlag
+from mlc.parallel.recompute import recompute
 from mlc.profiling import Profiler
 from mlc.report.samples import sample_table
 from mlc.runlog import Meter, RunLog, SampleLog, evaluation_line, memory_gb, training_line
@@ -82,7 +83,6 @@ def train(config: Config) -> int:
         drop=config.drop,
         drop_path=config.drop_path,
         model_kwargs=config.model_kwargs,
-        grad_checkpointing=config.grad_checkpointing,
         attention=config.attention,
     )
     if config.head_bias == "prior":
@@ -122,6 +122,7 @@ def train(config: Config) -> int:
     if config.compile:
         compiler.need_compiler(device)
         compiler.compile_blocks(bare, config.compile_mode)
+    recompute(bare, config.grad_checkpointing)
     if config.batch_size == "auto":
 
         def trial(size: int) -> None:

@@ -323,7 +323,7 @@ def test_the_advice_fits_the_run():
 
     assert "--batch-size 2 --global-batch-size 18 " in advice(batch_size=6, global_batch_size=18, mixup=0.4)
     assert "--batch-size 16 --global-batch-size 32 " in advice(batch_size=32)
-    assert "with --batch-size 1; --grad-checkpointing, a smaller --img-size" in advice(batch_size=1)
+    assert "with --batch-size 1; --grad-checkpointing all, a smaller --img-size" in advice(batch_size=1)
     assert "the model itself does not fit" in advice(batch_size="auto", global_batch_size=8)
     worker = "Caught RuntimeError in DataLoader worker process 0.\nDefaultCPUAllocator: can't allocate memory"
     with pytest.raises(RuntimeError, match="DataLoader worker"), batch_size.in_training(Config()):

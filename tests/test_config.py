@@ -41,7 +41,7 @@ def test_dashes_and_underscores_short_names_and_forms():
             "embed_dim=48",
             "depths=[2,2]",
             "--grad-checkpointing",
-            "False",
+            "every:2",
         ]
     )
     assert (config.batch_size, config.workers, config.pretrained, config.model_ema, config.global_batch_size) == (
@@ -54,7 +54,7 @@ def test_dashes_and_underscores_short_names_and_forms():
     assert (
         config.scale == (0.4, 1.0)
         and config.model_kwargs == {"embed_dim": 48, "depths": [2, 2]}
-        and not config.grad_checkpointing
+        and config.grad_checkpointing == "every:2"
     )
 
 

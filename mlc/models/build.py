@@ -34,7 +34,6 @@ def build_model(
     drop: float = 0.0,
     drop_path: float = 0.0,
     model_kwargs: dict | None = None,
-    grad_checkpointing: bool = False,
     attention: str = "fast",
 ) -> nn.Module:
     """A timm model in training mode: float [B, 3, H, W], normalised -> logits [B, num_classes].
@@ -63,8 +62,6 @@ def build_model(
     model = HEADS[head](create, num_classes)
     if attention == "fast":
         use_fast_attention(model)
-    if grad_checkpointing:
-        _checkpoint_gradients(model, name)
     return model
 
 
@@ -127,13 +124,6 @@ def _out_of_reach(name: str, error: OSError) -> str:
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2]) or type(error).__name__
-
-
-def _checkpoint_gradients(model: nn.Module, name: str) -> None:
-    try:
-        model.set_grad_checkpointing(True)
-    except (AttributeError, AssertionError) as error:
-        raise UserError(f"{name} has no gradient checkpointing in timm; leave --grad-checkpointing out") from error
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

@@ -116,7 +116,8 @@ def test_a_checkpoint_of_zero_is_verified_and_exported_like_any(name, folders, t
 # ---- settings that each strategy must bear ---------------------------------------------------------------------------
 
 OPTIONS = {
-    "grad-checkpointing": (["--grad-checkpointing"], LOSS),
+    "recompute-blocks": (["--grad-checkpointing", "every:2", "--attention", "fast"], LOSS),
+    "recompute-attention": (["--grad-checkpointing", "attention", "--amp-dtype", "bf16"], BF16),
     "compile": (["--compile"], LOSS),
     "bf16": (["--amp-dtype", "bf16"], BF16),
 }
@@ -129,7 +130,7 @@ def test_options_go_with_every_strategy(option, strategy, shards, reference, tmp
     flags, tolerance = OPTIONS[option]
     argv = train_args(shards, tmp_path, 4, 4, "--strategy", strategy, *flags)
     said = worlds.train(2, argv, "frozen", "no_inductor")
-    assert f"autocast {'bf16' if option == 'bf16' else 'no'}, {strategy}\n" in said
+    assert f"autocast {'bf16' if 'bf16' in flags else 'no'}, {strategy}\n" in said
     assert_same_training(tmp_path, reference, 4, tolerance)
 
 

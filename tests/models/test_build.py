@@ -61,12 +61,6 @@ def test_a_rate_that_the_backbone_lacks_is_an_error_only_if_asked_for():
         build_model(name="vgg11", num_classes=3, img_size=32, drop_path=0.1)
 
 
-def test_gradient_checkpointing():
-    assert tiny(grad_checkpointing=True).layers[0].grad_checkpointing
-    with pytest.raises(UserError, match="leave --grad-checkpointing out"):
-        build_model(name="dla34", num_classes=3, grad_checkpointing=True)
-
-
 @pytest.mark.parametrize(
     "published, current, head",
     [

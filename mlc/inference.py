@@ -1,7 +1,8 @@
 """Logits of every row exactly once, on all processes: what evaluation and prediction have in common.
 
 Rows go through the model in fixed blocks, block b on rank b mod W, padded at the end and masked. A row therefore always
-meets the same neighbours, and the results do not depend on the number of processes.
+meets the same neighbours, and the results do not depend on the number of processes. The device always has the next
+block before the host looks at the results of one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from accelerate import Accelerator
 from mlc.data.dataset import BadSamples, EvalDataset
 from mlc.data.loader import Waiting, eval_blocks, load
 from mlc.data.transforms import normalize
+from mlc.parallel.launch import Fetched
 from shards.console import UserError, progress, say
 
 View = Callable[[torch.Tensor], torch.Tensor]  # [B, 3, H, W] -> [B, 3, H, W]
@@ -76,6 +78,15 @@ def logits_of_rows(
     rank, world = accelerator.process_index, accelerator.num_processes
     blocks = list(eval_blocks(dataset.rows, batch_size, world, rank))
     batches = Waiting(load(dataset, blocks, workers=workers, device=accelerator.device), accelerator.device)
+
+    def usable(fetched: Fetched) -> tuple[np.ndarray, np.ndarray]:
+        row, valid, logits = fetched.read()
+        for text in bad.add(map(dataset.problem, row[(row >= 0) & (valid == 0)].tolist())):
+            if accelerator.is_main_process:
+                say(text)
+        return row[valid > 0], logits[valid > 0]
+
+    before: Fetched | None = None
     with progress(title, len(blocks), enabled=bool(title) and accelerator.is_main_process) as advance:
         for batch in batches:
             image = normalize(batch["image"], mean, std)
@@ -83,12 +94,14 @@ def logits_of_rows(
                 seen = [view(image) for view in views]
                 each = [torch.stack([model(view).float() for view in seen], dim=1) for model in models]
             logits = torch.stack(each, dim=1)
-            row, valid, logits = accelerator.gather((batch["row"], batch["valid"].int(), logits))
-            valid = valid > 0
-            for text in bad.add(map(dataset.problem, row[(row >= 0) & ~valid].tolist())):
-                if accelerator.is_main_process:
-                    say(text)
-            yield row[valid].cpu().numpy(), logits[valid].cpu().numpy()
+            fetched = Fetched(*accelerator.gather((batch["row"], batch["valid"].int(), logits)))
+            batches.prepare()
+            if before:  # whose results have come while the device computes these
+                yield usable(before)
+                advance()
+            before = fetched
+        if before:
+            yield usable(before)
             advance()
     for model, mode in zip(models, training, strict=True):
         model.train(mode)

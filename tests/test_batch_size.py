@@ -233,7 +233,7 @@ def test_the_run_is_the_one_made_by_hand(shards, tmp_path, capsys, monkeypatch, 
 
 def test_a_teacher_and_recomputed_blocks_are_part_of_the_trial(shards, tmp_path, capsys, monkeypatch):
     assert train.main(argv(shards, tmp_path / "teacher", "-b", "8", "--max-steps", "1")) == 0
-    more = ["--kd-teacher", str(tmp_path / "teacher" / "run"), "--grad-checkpointing", "--dry-run", "-b", "auto"]
+    more = ["--kd-teacher", str(tmp_path / "teacher" / "run"), "--grad-checkpointing", "all", "--dry-run", "-b", "auto"]
     sizes, passed = [], train.Teacher.__call__
 
     def called(self, image):

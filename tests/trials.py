@@ -110,7 +110,7 @@ class Bench:
         return argv
 
     def _predicting(self, place: Place) -> list[str]:
-        argv = ["--run", str(self._straight.disk / "run"), "--weights", "last", "--data", str(place.data), "-b", "2"]
+        argv = ["--run", str(self._straight.disk / "run"), "--weights", "last", "--data", str(place.data), "-b", "1"]
         return [*argv, "-j", "1", "--max-bad-samples", "0", "--out", str(place.disk / "predictions")]
 
     def _suffer_training(self, fault: Fault, place: Place, found: dict[str, Any]) -> None:

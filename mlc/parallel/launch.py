@@ -154,23 +154,33 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+class Fetched:
+    """Tensors on their way to the host, copied as soon as the device has made them: nobody waits before `read`."""
+
+    def __init__(self, *tensors: torch.Tensor):
+        self._host = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+        self._copied = torch.cuda.Event() if tensors[0].is_cuda else None
+        if self._copied:
+            self._copied.record()
+
+    def read(self) -> list[np.ndarray]:
+        if self._copied:
+            self._copied.synchronize()
+        return [tensor.numpy() for tensor in self._host]
+
+
 class Arriving:
-    """The sum of `values` [N] over all processes, on its way to the host: nobody waits before `read`.
+    """The sum of `values` [N] over all processes, on its way to the host.
 
     The copy is queued right behind the sum. A `.tolist()` later on would queue behind all that was started meanwhile.
     """
 
     def __init__(self, values: torch.Tensor):
         self.values = all_sum(values)
-        self._host = self.values.to("cpu", non_blocking=True)
-        self._copied = torch.cuda.Event() if values.is_cuda else None
-        if self._copied:
-            self._copied.record()
+        self._fetched = Fetched(self.values)
 
     def read(self) -> list[float]:
-        if self._copied:
-            self._copied.synchronize()
-        return self._host.tolist()
+        return self._fetched.read()[0].tolist()
 
 
 def same_buffers(*models: torch.nn.Module | None) -> None:

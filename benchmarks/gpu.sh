@@ -36,7 +36,7 @@ run() { # NAME LIMIT SCRIPT ARGUMENTS...
 
 part tests 100 "$python" -m pytest -q -m gpu tests -p no:cacheprovider
 run step 60 step --rounds 3 --models $large $tiny
-run train_e2e 70 train_e2e --rounds 2
+run train_e2e 80 train_e2e --rounds 2 --steps 240
 run predict 70 predict --rounds 2 --views "" "hflip,scale"
 run step-compiled 110 step --rounds 3 --compile yes --models $large --modes forward step
 run memory 50 memory

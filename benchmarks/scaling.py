@@ -4,7 +4,7 @@ Every process trains on random images that are on its device already, through `m
 rate beside that of a process alone is the efficiency. Timed besides: forward and backward with the reduction of the
 gradients and without it (`no_sync`), and the bare collective over as many bytes. What of the collective is hidden
 behind the backward pass is the overlap, 1 - (with - without) / bare. A process has one thread on a CPU; more processes
-than cores share them, which the column `of cores` takes into account.
+than cores share them, which the column `of cores` takes into account; an overlap cannot be told then.
 
 `--predict` only computes: T = k c + max(0, r - o b), for k accumulated micro-batches of c seconds each, a backward pass
 of b = 2/3 c, of which a share o can hide the reduction, and r seconds of a ring all-reduce of S bytes over W GPUs,
@@ -175,7 +175,8 @@ def measured_rows(found: dict[str, list[dict[str, float]]], batch: int, cores: i
         line.append(f"{share * max(1, int(world) / cores):.0%}")
         if "bare" in middle:
             line += [f"{1e3 * s:.0f}" for s in (middle["without"], reduction, middle["bare"])]
-            line.append(f"{1 - reduction / middle['bare']:.0%}")
+            if int(world) <= cores:  # else the others' turns on the core are most of the difference
+                line.append(f"{1 - reduction / middle['bare']:.0%}")
         rows.append(line + [""] * (10 - len(line)))
     return rows
 

@@ -1,6 +1,7 @@
 """How fast is a step of Swin and SwinV2 with our window attention, beside timm's own, and how near to the peak?
 
-ConvNets may be given as well; ours have their weights in channels last.
+ConvNets may be given as well; ours have their weights in channels last. `--peers transformers` adds that library's Swin
+or SwinV2 of the same shape, with weights of its own.
 
 Three things are timed on random images that are on the device already: `forward` (evaluation, no gradients),
 `gradients` (forward and backward in training mode) and `step` (those, AdamW and zero_grad). Both candidates start from
@@ -36,19 +37,22 @@ MODELS = (
 )
 QUICK = ("swinv2_tiny_window8_256",)
 MODES = ("forward", "gradients", "step")
-WHO = {"timm": "timm", "mlc": "fast"}  # candidate: --attention
+WHO = ("timm", "mlc")
 
 
 class Candidate:
     """A model, its optimizer and a batch, and the seconds of each of the MODES."""
 
-    def __init__(self, name: str, attention: str, options, *, compiled: bool):
+    def __init__(self, name: str, who: str, options, *, compiled: bool):
         torch.manual_seed(0)
         self.device, self.batch = options.device, options.batch_size
-        self.model = build_model(name=name, num_classes=1000, attention=attention).to(self.device)
-        if attention == "fast":
-            self.model.to(memory_format=fast_memory_format(self.model))
+        self.model = build_model(name=name, num_classes=1000, attention="timm" if who == "timm" else "fast")
         size = self.model.pretrained_cfg["input_size"][-1]
+        if who == "mlc":
+            self.model.to(memory_format=fast_memory_format(self.model))
+        if who == "transformers":
+            self.model = Transformers(self.model)
+        self.model.to(self.device)
         self.image = torch.randn(self.batch, 3, size, size, device=self.device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         self.iterations = options.iterations
@@ -83,6 +87,31 @@ class Candidate:
         wait(self.device)
         seconds = (time.perf_counter() - begin) / self.iterations
         return {"seconds": seconds, "bytes": peak_memory(self.device) - held}
+
+
+class Transformers(torch.nn.Module):
+    """That library's Swin or SwinV2 of the shape of one of timm's."""
+
+    def __init__(self, shape: torch.nn.Module):
+        super().__init__()
+        from transformers import SwinConfig, SwinForImageClassification, Swinv2Config, Swinv2ForImageClassification
+
+        first = [stage.blocks[0] for stage in shape.layers]
+        given = {
+            "image_size": shape.patch_embed.img_size[0],
+            "embed_dim": shape.embed_dim,
+            "depths": [len(stage.blocks) for stage in shape.layers],
+            "num_heads": [block.attn.num_heads for block in first],
+            "window_size": first[0].window_size[0],
+            "num_labels": shape.num_classes,
+            "drop_path_rate": 0.0,
+        }
+        version2 = hasattr(first[0].attn, "logit_scale")
+        kinds = (Swinv2ForImageClassification, Swinv2Config) if version2 else (SwinForImageClassification, SwinConfig)
+        self.inner = kinds[0](kinds[1](**given))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.inner(pixel_values=image).logits
 
 
 # ---- the device ------------------------------------------------------------------------------------------------------
@@ -139,7 +168,7 @@ def flops(name: str) -> dict[str, int]:
 
 def measure(name: str, options, *, compiled: bool) -> dict[str, dict[str, list[dict[str, float]]]]:
     """{mode: {candidate: measurements}}."""
-    candidates = {who: Candidate(name, attention, options, compiled=compiled) for who, attention in WHO.items()}
+    candidates = {who: Candidate(name, who, options, compiled=compiled) for who in (*WHO, *options.peers)}
     found = {}
     for mode in options.modes:
         turns: dict[str, Callable[[], dict]] = {who: partial(c.timed, mode) for who, c in candidates.items()}
@@ -151,7 +180,7 @@ def rows(name: str, how: str, found: dict, counted: dict[str, int], limit: float
     lines = []
     for mode, measured in found.items():
         seconds = {who: [m["seconds"] for m in values] for who, values in measured.items()}
-        for who in WHO:
+        for who in measured:
             rate = batch / median(seconds[who])
             memory = max(m["bytes"] for m in measured[who])
             lines.append(
@@ -174,6 +203,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", default=MODELS, help="timm's names (default: five of Swin and SwinV2)")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--compile", choices=("no", "yes", "both"), default="no", help="torch.compile the blocks")
+    parser.add_argument("--peers", nargs="+", choices=("transformers",), default=(), help="compare with these too")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch-size", type=int, help="images of a pass (default: 64 on a GPU, 4 on a CPU)")
     parser.add_argument("--iterations", type=int, help="passes of a turn (default: 10 on a GPU, 1 on a CPU)")
@@ -196,12 +226,13 @@ def main() -> int:
             results.append({"model": name, "compiled": yes, "flops": counted, "measured": found})
             lines += rows(name, "compiled" if yes else "eager", found, counted, limit, options.batch_size)
     where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads"
-    print(f"{common.machine()}; {where}; {common.versions('torch', 'timm')}; {common.rounds_said(options.rounds)}")
+    print(
+        f"{common.machine()}; {where}; {common.versions('torch', 'timm', *options.peers)}; {common.rounds_said(options.rounds)}"
+    )
     print(f"batches of {options.batch_size}, autocast {options.amp}; peak {source}\n")
-    header = ["model", "timed", "attention", "img/s", "spread", "ratio", "of peak", "memory, GB"]
+    header = ["model", "timed", "who", "img/s", "spread", "ratio", "of peak", "memory, GB"]
     print(common.table(header, lines))
     given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    software = common.versions("torch", "timm")
     common.write_json(options.json, device=where, peak=limit, options=given, versions=software, results=results)
     return 0
 

@@ -70,8 +70,10 @@ def test_the_prediction_alone(monkeypatch, capsys):
 def test_the_overlap_of_a_reduction():
     alone = {"step": 1.0, "with": 0.9, "without": 0.9, "parameters": 1}
     two = {"step": 1.25, "with": 1.0, "without": 0.9, "bare": 0.4, "parameters": 1}
-    rows = scaling.measured_rows({"ddp, 1": [alone], "ddp, 4": [two]}, batch=10, cores=2)
-    assert rows[1] == ["ddp", "4", "8.00", "0%", "80%", "160%", "900", "100", "400", "75%"]
+    found = {"ddp, 1": [alone], "ddp, 2": [two], "ddp, 4": [two]}
+    rows = scaling.measured_rows(found, batch=10, cores=2)
+    assert rows[1] == ["ddp", "2", "8.00", "0%", "80%", "80%", "900", "100", "400", "75%"]
+    assert rows[2] == ["ddp", "4", "8.00", "0%", "80%", "160%", "900", "100", "400", ""]
     assert rows[0][2:6] == ["10.00", "0%", "100%", "100%"]
 
 

@@ -226,9 +226,8 @@ def main() -> int:
             results.append({"model": name, "compiled": yes, "flops": counted, "measured": found})
             lines += rows(name, "compiled" if yes else "eager", found, counted, limit, options.batch_size)
     where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads"
-    print(
-        f"{common.machine()}; {where}; {common.versions('torch', 'timm', *options.peers)}; {common.rounds_said(options.rounds)}"
-    )
+    software = common.versions("torch", "timm", *options.peers)
+    print(f"{common.machine()}; {where}; {software}; {common.rounds_said(options.rounds)}")
     print(f"batches of {options.batch_size}, autocast {options.amp}; peak {source}\n")
     header = ["model", "timed", "who", "img/s", "spread", "ratio", "of peak", "memory, GB"]
     print(common.table(header, lines))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mlc.config import Config
 from mlc.data.loader import BatchPlan, batch_sizes, plan_batches
 from mlc.parallel import memory
-from mlc.parallel.compiler import is_compiled
+from mlc.parallel.compiler import has_own_forward
 from mlc.parallel.strategy import Choice, blocks
 from shards.console import UserError
 
@@ -157,7 +157,7 @@ def _unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
                 for buffer, value in buffers:
                     buffer.copy_(value)
             model.zero_grad(set_to_none=True)
-            if any(map(is_compiled, model.modules())):
+            if any(map(has_own_forward, model.modules())):
                 torch._dynamo.reset()
 
 

@@ -62,8 +62,8 @@ def _share_code(model: nn.Module) -> None:
             module.register_buffer("keep", torch.tensor(1 - module.drop_prob, device=device), persistent=False)
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Whether it is one of those that `compile_blocks` has compiled."""
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether its forward pass was replaced, by `compile_blocks` or by `recompute`."""
     return "forward" in vars(module)
 
 

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -51,37 +52,42 @@ def recompute(model: nn.Module, mode: str) -> list[nn.Module]:
     if mode == "none":
         return []
     if mode == "attention":
-        parts = [b.attn for b in blocks(model) if isinstance(getattr(b, "attn", None), nn.Module)]
-        again = _attention_again
+        parts = [
+            b.attn for b in blocks(model) if isinstance(getattr(b, "attn", None), nn.Module) and not _norms(b.attn)
+        ]
     else:
         parts = blocks(model)[:: int(asked[1] or 1)]
-        again = _again
     if not parts:
         what, others = ("block.attn", "all or every:K") if mode == "attention" else ("repeated blocks", "none")
         raise UserError(f"--grad-checkpointing {mode}: this backbone has no {what}; choose {others}")
     for part in parts:
-        part.forward = partial(again, part.forward, _options(part))
+        part.forward = MethodType(forward, part) if mode == "attention" else partial(_again, part.forward, _norms(part))
     return parts
 
 
-def _again(forward: Callable, options: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+def _again(whole: Callable, norms: list[_BatchNorm], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
+        return whole(*args, **kwargs)
+    return checkpoint(whole, *args, use_reentrant=False, context_fn=partial(_once, norms), **kwargs)
 
 
-def _attention_again(forward: Callable, options: dict[str, Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Attention begins with a product, which would cast its input anyway: what is kept is half as large."""
+def forward(attention: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Of an attention, which lies inside of what torch.compile sees: as a method, for blocks to go on sharing their
+    code, and without contexts. Its name has a pickled copy fall back to the class's, which keeps everything.
+
+    It begins with a product, which would cast the input anyway: what is kept is half as large.
+    """
+    whole = partial(type(attention).forward, attention)
+    if not torch.is_grad_enabled():
+        return whole(x, *args, **kwargs)
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype == torch.float32:
         x = x.to(torch.get_autocast_dtype(device))
-    return _again(forward, options, x, *args, **kwargs)
+    return checkpoint(whole, x, *args, use_reentrant=False, **kwargs)
 
 
-def _options(part: nn.Module) -> dict[str, Any]:
-    """Of `checkpoint`. Attention has none: it lies inside of what torch.compile sees, which knows no contexts."""
-    norms = [module for module in part.modules() if isinstance(module, _BatchNorm)]
-    return {"context_fn": partial(_once, norms)} if norms else {}
+def _norms(part: nn.Module) -> list[_BatchNorm]:
+    return [module for module in part.modules() if isinstance(module, _BatchNorm)]
 
 
 def _once(norms: list[_BatchNorm]) -> tuple[AbstractContextManager, AbstractContextManager]:

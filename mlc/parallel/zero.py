@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from mlc.parallel.compiler import is_compiled
+from mlc.parallel.compiler import has_own_forward
 from shards.console import UserError, say
 
 FILES, _CONVERTED = "zero", "universal"  # folders in a checkpoint
@@ -33,7 +33,7 @@ class Zero:
                 f"--amp-dtype fp16 does not go with {choice.name}, where DeepSpeed clips the scaled gradient; use bf16"
             )
         deepspeed = _deepspeed(accelerator.device)
-        for block in filter(is_compiled, model.modules()):
+        for block in filter(has_own_forward, model.modules()):
             # Stage 3 gathers it whole, from outside; by default each layer inside does, which torch.compile cannot see.
             deepspeed.utils.set_z3_leaf_module(block, True)
             block.register_forward_pre_hook(_with_gradient)

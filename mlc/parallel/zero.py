@@ -84,9 +84,10 @@ class Zero:
         return square.sqrt()
 
 
-def _with_gradient(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _with_gradient(module: nn.Module, inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """DeepSpeed sees the end of a backward pass by the gradient of the input, which after frozen layers has none."""
-    return tuple(x if x.requires_grad or not torch.is_grad_enabled() else x.detach().requires_grad_() for x in inputs)
+    x, *rest = inputs  # masks and the like need none
+    return (x if x.requires_grad or not torch.is_grad_enabled() else x.detach().requires_grad_(), *rest)
 
 
 def _deepspeed(device: torch.device):

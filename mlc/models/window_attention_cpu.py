@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-RECOMPUTE_ABOVE = 128  # tokens of a window
-_SCORES_PER_THREAD = 1 << 18  # a megabyte in float32: what a second-level cache holds
+RECOMPUTE_ABOVE = 256  # tokens of a window
+_SCORES_PER_THREAD = 1 << 19  # two megabytes in float32: what a second-level cache holds
 _EPS = 1e-12  # of F.normalize
 _NOTHING = 1e-30  # a weight of attention that no sum of float32 can see
 

@@ -106,7 +106,7 @@ def main() -> int:
     parser.add_argument(
         "-b", "--batch-size", type=int, default=64 if on_gpu else 8, help="images (default: %(default)s)"
     )
-    parser.add_argument("--batches", type=int, default=60 if on_gpu else 16, help="of a turn (default: %(default)s)")
+    parser.add_argument("--batches", type=int, default=60 if on_gpu else 6, help="of a turn (default: %(default)s)")
     parser.add_argument("-j", "--workers", type=int, default=8 if on_gpu else 1, help="default: %(default)s")
     parser.add_argument("--attention", choices=("fast", "timm"), default="fast", help="default: %(default)s")
     parser.add_argument("--amp", choices=("bf16", "none"), default="bf16" if on_gpu else "none", help="autocast")

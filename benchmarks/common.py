@@ -77,5 +77,6 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def write_json(path: Path | None, **content) -> None:
+    """`content` may hold paths, as `vars(options)` does."""
     if path is not None:
-        path.write_text(json.dumps({"machine": machine()} | content, indent=2) + "\n")
+        path.write_text(json.dumps({"machine": machine()} | content, indent=2, default=str) + "\n")

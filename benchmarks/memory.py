@@ -12,16 +12,16 @@ them (mlc/footprint.py) and marked as computed; what a compiled model keeps is n
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from statistics import median
 
 import common
+import timm
 import torch
 
 from mlc.footprint import Costs, count
 from mlc.models.build import build_model
+from mlc.parallel.compiler import compile_blocks
 from mlc.parallel.recompute import recompute
-from mlc.parallel.strategy import compile_blocks
 
 MODELS = ("swinv2_large_window12to16_192to256",)
 QUICK = ("swinv2_tiny_window8_256",)
@@ -40,8 +40,6 @@ CLASSES = 1000
 
 def size_of(name: str) -> int:
     """Pixels of a side that the model was made for."""
-    import timm
-
     return timm.get_pretrained_cfg(name).input_size[-1]
 
 
@@ -143,9 +141,8 @@ def main() -> int:
     print(f"{common.machine()}; {where}; {common.versions('torch', 'timm')}; bf16 autocast, AdamW\n")
     header = ["model, way", "MiB an image", "MiB for all", "img/s", "time", "FLOPs"]
     print(common.table(header, lines))
-    given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
     software = common.versions("torch", "timm")
-    common.write_json(options.json, device=where, options=given, versions=software, results=results)
+    common.write_json(options.json, device=where, options=vars(options), versions=software, results=results)
     return 0
 
 

@@ -133,8 +133,7 @@ def main() -> int:
         f"{options.batches} batches of {options.batch_size}, {options.workers} workers\n"
     )
     print(common.table(["views", "", "img/s", "spread", "of bare", "with start"], rows(found)))
-    given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    common.write_json(options.json, device=where, options=given, versions=versions, results=found)
+    common.write_json(options.json, device=where, options=vars(options), versions=versions, results=found)
     return 0
 
 

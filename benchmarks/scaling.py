@@ -246,8 +246,7 @@ def measure(options: Namespace) -> None:
     header = ["strategy", "processes", "img/s each", "spread", "efficiency", "of cores"]
     header += ["passes, ms", "reduction adds, ms", "bare, ms", "overlap"]
     print(common.table(header, measured_rows(found, options.batch_size, max(options.processes) if on_gpu else cores)))
-    given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    common.write_json(options.json, device=where, options=given, versions=versions, results=found)
+    common.write_json(options.json, device=where, options=vars(options), versions=versions, results=found)
 
 
 def main() -> int:

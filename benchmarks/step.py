@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from statistics import median
 
 import common
@@ -231,8 +230,7 @@ def main() -> int:
     print(f"batches of {options.batch_size}, autocast {options.amp}; peak {source}\n")
     header = ["model", "timed", "who", "img/s", "spread", "ratio", "of peak", "memory, GB"]
     print(common.table(header, lines))
-    given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    common.write_json(options.json, device=where, peak=limit, options=given, versions=software, results=results)
+    common.write_json(options.json, device=where, peak=limit, options=vars(options), versions=software, results=results)
     return 0
 
 

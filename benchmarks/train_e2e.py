@@ -181,8 +181,7 @@ def main() -> int:
     header = ["", "img/s", "spread", "kept", "with checkpoint", f"one in {EVERY // 60} min", "wait"]
     header += ["checkpoint costs, s", "blocked, s"]
     print(common.table(header, rows(found)))
-    given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    common.write_json(options.json, device=where, options=given, versions=versions, results=found)
+    common.write_json(options.json, device=where, options=vars(options), versions=versions, results=found)
     return 0
 
 

@@ -1,5 +1,6 @@
 """The scripts whose numbers stand in the documents: their formulas against closed forms, and that they run at all."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from conftest import ROOT, environment
 
 sys.path.append(str(ROOT / "benchmarks"))
 import gpu_results
+import memory
 import predict
 import scaling
 import train_e2e
@@ -28,6 +30,29 @@ def table_of(printed):
 def call(monkeypatch, module, *argv):
     monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, argv)])
     return module.main()
+
+
+SCRIPTS = sorted(path for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "common")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_script_says_its_help(script, monkeypatch, capsys):
+    """It takes the imports of all, whose parts move."""
+    spec = importlib.util.spec_from_file_location(f"{script.stem}_script", script)  # a name that no test file has
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.raises(SystemExit) as ended:
+        call(monkeypatch, module, "--help")
+    assert ended.value.code == 0 and "usage" in capsys.readouterr().out
+
+
+def test_the_memory_of_each_way_is_counted(monkeypatch, tmp_path, capsys):
+    call(monkeypatch, memory, "--models", "test_vit", "--device", "cpu", "--json", tmp_path / "memory.json")
+    table = {row[0].split(", ", 1)[1]: row for row in table_of(capsys.readouterr().out)[2:]}
+    assert list(table) == list(memory.WAYS) and table["fast, compiled"][1] == "-"
+    assert float(table["fast, all"][1]) < float(table["fast, attention"][1]) < float(table["fast"][1])
+    assert float(table["fast"][5]) == 1 < float(table["fast, every:2"][5]) < float(table["fast, all"][5])
+    assert [r["way"] for r in json.loads((tmp_path / "memory.json").read_text())["results"]] == list(memory.WAYS)
 
 
 # ---- scaling ---------------------------------------------------------------------------------------------------------

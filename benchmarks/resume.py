@@ -4,9 +4,10 @@ Every loader is made anew with two workers, put where the run was, and asked for
 `accelerate.skip_first_batches` and torchdata's StatefulDataLoader stand over two kinds of data: the webdataset pipeline
 that reads tars in order, and our own reader as a data set that is asked for samples by number, which the tars alone do
 not offer. StatefulDataLoader gets the state that it gave at that place of an epoch. Before that, each batch is compared
-with the one an uninterrupted epoch has there, wherever the order is deterministic.
+with the one an uninterrupted epoch has there, wherever the order is deterministic. Without torchdata it is left out.
 """
 
+import importlib.util
 import itertools
 import logging
 import sys
@@ -26,7 +27,6 @@ import torch
 import webdataset
 from loader import TORCHVISION, Data, big_pictures, write
 from torch.utils.data import DataLoader, RandomSampler
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from mlc.data.dataset import TrainDataset
 from mlc.data.loader import load, plan_batches, train_positions
@@ -96,8 +96,14 @@ def skipping(make: Callable[[Data], object], data: Data, number: int, _) -> Iter
     return accelerate.skip_first_batches(_loader(DataLoader, make, data), number)
 
 
+def _stateful_loader(make: Callable[[Data], object], data: Data):
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    return _loader(StatefulDataLoader, make, data)
+
+
 def stateful(make: Callable[[Data], object], data: Data, _, state: dict | None) -> Iterable:
-    loader = _loader(StatefulDataLoader, make, data)
+    loader = _stateful_loader(make, data)
     if state:
         loader.load_state_dict(state)
     return loader
@@ -105,7 +111,7 @@ def stateful(make: Callable[[Data], object], data: Data, _, state: dict | None) 
 
 def states(make: Callable[[Data], object], data: Data, numbers: list[int]) -> dict[int, dict]:
     """The states a run would have saved: one epoch read up to the last of the numbers."""
-    loader, found = _loader(StatefulDataLoader, make, data), {}
+    loader, found = _stateful_loader(make, data), {}
     for done, _ in enumerate(loader, 1):
         if done in numbers:
             found[done] = loader.state_dict()
@@ -115,10 +121,14 @@ def states(make: Callable[[Data], object], data: Data, numbers: list[int]) -> di
 
 
 def candidates(data: Data) -> dict[str, Candidate]:
+    torchdata = importlib.util.find_spec("torchdata") is not None
+    if not torchdata:
+        print("StatefulDataLoader: torchdata is not installed, left out")
     found = {"mlc": Candidate(partial(ours, data))}
     for kind, make in (("by number", ByNumber), ("webdataset", tars)):
         found[f"skip_first_batches, {kind}"] = Candidate(partial(skipping, make, data))
-        found[f"StatefulDataLoader, {kind}"] = Candidate(partial(stateful, make, data), partial(states, make, data))
+        if torchdata:
+            found[f"StatefulDataLoader, {kind}"] = Candidate(partial(stateful, make, data), partial(states, make, data))
     return found
 
 

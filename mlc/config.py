@@ -62,8 +62,14 @@ class Config:
     """start from these weights: .safetensors or .pth of the same backbone"""
     img_size: int = 256
     """pixels of a side of the square the model sees"""
-    head: Literal["linear", "extra_linear"] = "linear"
-    """`linear`: the backbone's own classifier; `extra_linear`: its 1000 logits -> the classes"""
+    head: Literal["linear", "extra_linear", "mlp", "ml_decoder", "query2label", "csra", "lstm", "gcn"] = "linear"
+    """`linear`: the backbone's own classifier; `extra_linear`: its 1000 logits -> the classes; `mlp`: a hidden layer;
+    `ml_decoder`, `query2label`: a query per class looks at the image's places; `csra`: class-wise spatial attention;
+    `lstm`, `gcn`: labels inform each other, in a sequence or over their co-occurrence"""
+    head_kwargs: dict[str, Any] = field(default_factory=dict)
+    """arguments of the head, as k=v (docs/recipes.md lists them)"""
+    freeze: str = ""
+    """what is not trained: `backbone`, or the parameters whose names a regular expression finds"""
     head_bias: Literal["zero", "prior"] = "zero"
     """first bias of the classifier; `prior`: logit of each class's frequency in the training split"""
     drop: float = 0.0
@@ -102,32 +108,51 @@ class Config:
     """length of the training in passes over the data; a fraction is allowed"""
     max_steps: int | None = None
     """length of the training in optimizer steps instead"""
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    """parts of the run, one after the other, each with `for: DURATION` (the last may take the rest) and settings of its
+    own: freeze, lr, opt, sched, loss, groups, mixup, ... (docs/recipes.md). On the command line as YAML, in quotes"""
+    patience: int | None = None
+    """end the run after so many evaluations in a row without a better --eval-metric"""
     seed: int = 42
     """one number behind data order, augmentation, initial weights and dropout"""
 
     # ---- Optimisation ----
+    opt: str = "adamw"
+    """adamw, sgd (Nesterov), lamb, lion or any other of timm's optimizers"""
     lr: float = 1e-4
-    """peak learning rate of AdamW"""
+    """peak learning rate"""
     weight_decay: float = 0.05
     """decoupled weight decay; norms, biases, position parameters and logit_scale take none"""
     opt_betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's betas"""
+    """betas of Adam's relatives"""
     opt_eps: float = 1e-8
-    """AdamW's epsilon"""
+    """epsilon of Adam's relatives"""
+    momentum: float = 0.9
+    """momentum of SGD's relatives"""
+    layer_decay: float | None = None
+    """layer-wise decay of the learning rate: each layer learns this factor slower than the one after it"""
+    head_lr_mult: float = 1.0
+    """factor of the classifier's learning rate"""
+    lr_mult: dict[str, float] = field(default_factory=dict)
+    """factors of the learning rate, as REGEX=FACTOR; the first expression that is found in a parameter's name counts"""
+    wd_mult: dict[str, float] = field(default_factory=dict)
+    """factors of the weight decay, as REGEX=FACTOR"""
     clip_grad: float | None = None
     """largest gradient norm over all parameters (default: no clipping)"""
-    sched: Literal["cosine", "step", "constant"] = "cosine"
-    """learning rate after the warm-up"""
+    sched: Literal["cosine", "linear", "step", "multistep", "onecycle", "constant"] = "cosine"
+    """learning rate after the warm-up; `onecycle` is `cosine` with a warm-up of half a wave as well"""
     warmup: str = "0ep"
-    """duration of the linear warm-up"""
+    """duration of the linear warm-up, also as a share of the run: 20%"""
     warmup_lr: float = 0.0
     """learning rate at the start of the warm-up"""
     min_lr: float = 0.0
-    """learning rate at the end of `cosine`"""
+    """learning rate at the end of `cosine`, `linear` and `onecycle`"""
     decay_every: str = "8ep"
     """`step`: duration between two cuts of the learning rate"""
+    decay_at: list[str] = field(default_factory=list)
+    """`multistep`: duration until a cut of the learning rate; may be repeated"""
     decay_rate: float = 0.5
-    """`step`: factor of each cut"""
+    """`step`, `multistep`: factor of each cut"""
     amp_dtype: Literal["auto", "none", "bf16", "fp16"] = "auto"
     """autocast; `auto` takes the launcher's --mixed_precision on a GPU and none on a CPU"""
     model_ema: bool = True
@@ -136,22 +161,54 @@ class Config:
     """decay of the average per optimizer step"""
     model_ema_warmup: bool = True
     """start the average with a smaller decay, (1 + step) / (10 + step)"""
+    swa_start: str = ""
+    """stochastic weight averaging: after this duration the averaged weights are the plain mean of the weights at each
+    --swa-every, instead of the moving average"""
+    swa_every: str = "1ep"
+    """duration between two weights of that mean"""
 
     # ---- Loss ----
-    loss: Literal["bce", "focal"] = "bce"
-    """loss of one logit"""
+    loss: Literal["bce", "focal", "asl", "two-way", "soft-fbeta"] = "bce"
+    """loss of the logits: binary cross-entropy, focal, asymmetric (ASL), two-way, or 1 - soft F-beta of each sample"""
     focal_gamma: float = 2.0
     """`focal`: how much less an easy label counts"""
     focal_alpha: float | None = None
     """`focal`: weight of the positives in [0, 1], 1 - alpha of the negatives (default: no weights)"""
+    asl_gamma_neg: float = 4.0
+    """`asl`: how much less an easy negative counts"""
+    asl_gamma_pos: float = 0.0
+    """`asl`: how much less an easy positive counts"""
+    asl_clip: float = 0.05
+    """`asl`: negatives with a probability below this count nothing"""
+    two_way_temp: float = 4.0
+    """`two-way`: temperature of the positives"""
+    fbeta: float = 1.0
+    """`soft-fbeta`: beta, above 1 for more recall"""
+    weighted_loss: Literal["none", "effective", "inverse"] = "none"
+    """weight of a class, 1 on average: by the effective number of its samples (1 - beta^n) / (1 - beta), or by its
+    inverse frequency"""
+    weighted_beta: float = 0.999
+    """`effective`: beta"""
+    groups: list[str] = field(default_factory=list)
+    """train on the classes of this group alone; may be repeated (default: all classes)"""
+    group_loss: dict[str, str] = field(default_factory=dict)
+    """another --loss for the classes of a group, as GROUP=LOSS"""
+    group_weight: dict[str, float] = field(default_factory=dict)
+    """weight of the losses of a group, as GROUP=WEIGHT (default: 1)"""
     smoothing: float = 0.0
     """label smoothing s of a sigmoid: targets y (1 - s) + s / 2"""
-    kd_teacher: str = ""
-    """distil from this run (its best weights) or exported model folder"""
+    kd_teacher: list[str] = field(default_factory=list)
+    """distil from this run (its best weights) or exported model folder, or this prediction file of the training split
+    (`mlc predict --split train`), or `ema`, the run's own averaged weights; several runs are averaged"""
     kd_alpha: float = 0.5
     """share of the distillation loss; the labels keep 1 - alpha"""
     kd_temp: float = 2.0
     """temperature of the distillation"""
+    kd_rule: Literal["mean", "max"] = "mean"
+    """`mean`: the losses of labels and teacher are averaged by --kd-alpha; `max`: the target is the larger one of label
+    and teacher's probability, for labels that are often missing"""
+    kd_feature: float = 0.0
+    """weight of 1 - cosine between the student's and the teacher's pooled features; 0 is off"""
 
     # ---- Augmentation ----
     crop: str = "rrc"
@@ -170,15 +227,26 @@ class Config:
     vflip: float = 0.0
     """probability of a vertical flip"""
     aa: str = ""
-    """timm's policy: rand-m9-mstd0.5-inc1, original, v0, 3a, augmix-m5-w4"""
+    """timm's policy: rand-m9-mstd0.5-inc1, original, v0, 3a, augmix-m5-w4; or `trivial` (TrivialAugment), or the light
+    ones of two iMet winners: `imet-first`, `imet-second`"""
     reprob: float = 0.0
     """probability of random erasing"""
     remode: Literal["const", "rand", "pixel"] = "pixel"
     """what the erased box is filled with: the mean colour, one random colour, noise"""
+    cutout: float = 0.0
+    """side of a square that is blanked in every image, as a share of the image's; 0 is off"""
     mixup: float = 0.0
     """alpha of mixup's Beta distribution; 0 is off"""
+    cutmix: float = 0.0
+    """alpha of cutmix's Beta distribution; 0 is off"""
+    splicemix: float = 0.0
+    """probability that four samples are replaced by grids of two or four of them, made smaller"""
+    mixup_switch_prob: float = 0.5
+    """probability of cutmix for a pair where mixup is on as well"""
     mixup_prob: float = 1.0
     """probability that a pair of samples is mixed"""
+    mix_labels: Literal["convex", "union"] = "convex"
+    """labels of a mixed pair: each sample's by its share of the image, or all of both"""
     mixup_off: str = ""
     """stop mixing after this duration"""
 

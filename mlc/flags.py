@@ -3,6 +3,7 @@
 import argparse
 import ast
 import dataclasses
+import functools
 import inspect
 import re
 import types
@@ -84,11 +85,13 @@ def convert(value: Any, kind: Any) -> Any:
             raise ValueError(f"expected {len(members)} numbers, not {value!r}")
         return tuple(convert(v, k) for v, k in zip(value, members, strict=True))
     if typing.get_origin(kind) is list:
-        return [convert(v, typing.get_args(kind)[0]) for v in (value if isinstance(value, list) else [value])]
+        values = value if isinstance(value, list) else [] if value == "" else [value]
+        return [convert(v, typing.get_args(kind)[0]) for v in values]
     if typing.get_origin(kind) is dict:
         if not isinstance(value, dict):
             raise ValueError(f"expected `name: value` pairs, not {value!r}")
-        return value
+        of = typing.get_args(kind)[1]
+        return {str(k): v if of is Any else convert(v, of) for k, v in value.items()}
     return _scalar(value, kind)
 
 
@@ -167,10 +170,15 @@ def _add_flag(section, name: str, kind: Any, text: str) -> None:
         section.add_argument(
             *names, nargs=len(typing.get_args(kind)), type=float, metavar=metavar, action=_AsTuple, help=text
         )
+    elif kind == list[dict[str, Any]]:
+        section.add_argument(*names, type=lambda text: parse(yaml.safe_load(text)), metavar="YAML", help=text)
     elif typing.get_origin(kind) is list:
         section.add_argument(*names, action="append", metavar=metavar, help=text)
     elif typing.get_origin(kind) is dict:
-        section.add_argument(*names, nargs="+", type=_key_value, action=_AsDict, metavar="K=V", help=text)
+        of = dict[str, typing.get_args(kind)[1]]
+        section.add_argument(
+            *names, nargs="+", type=functools.partial(_key_value, kind=of), action=_AsDict, metavar="K=V", help=text
+        )
     elif typing.get_origin(kind) is Literal:
         section.add_argument(*names, type=parse, metavar="|".join(typing.get_args(kind)), help=text)
     else:
@@ -187,11 +195,14 @@ class _AsDict(argparse.Action):
         setattr(namespace, self.dest, dict(values))
 
 
-def _key_value(text: str) -> tuple[str, Any]:
+def _key_value(text: str, kind: Any) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"expected name=value, not {text!r}")
-    return key, yaml.safe_load(value)
+    try:
+        return key, convert({key: yaml.safe_load(value)}, kind)[key]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{key}: {error}") from error
 
 
 def _default_text(f: dataclasses.Field) -> str:

@@ -5,7 +5,6 @@ where a run is. Learning rate, averaging, mixing and the moments of evaluation a
 therefore restores weights, optimizer state and that integer, and goes on as if it had never stopped.
 """
 
-import functools
 import math
 from contextlib import nullcontext
 from pathlib import Path
@@ -29,9 +28,8 @@ from mlc.models.build import build_model, fast_memory_format
 from mlc.models.export import export, timm_config
 from mlc.models.heads import init_head_bias
 from mlc.models.teacher import Teacher
-from mlc.optim.distill import combine, distill_loss
+from mlc.objective import Objective, make_loss
 from mlc.optim.ema import Ema, decay_at
-from mlc.optim.losses import LOSSES, Loss, smooth
 from mlc.optim.param_groups import param_groups
 from mlc.parallel import checkpoint, compiler, launch, storage, strategy
 from mlc.parallel.preempt import StopFlag
@@ -98,21 +96,9 @@ def train(config: Config) -> int:
     averaged = ema.module if ema else None
     teacher = None
     if config.kd_teacher:
-        teacher = Teacher(config.kd_teacher, classes=dataset.classes, device=device, mean=mean, std=std)
-    loss_fn: Loss = LOSSES[config.loss]
-    if config.loss == "focal":
-        alpha = -1.0 if config.focal_alpha is None else config.focal_alpha
-        loss_fn = functools.partial(loss_fn, gamma=config.focal_gamma, alpha=alpha)
-
-    def forward(model: torch.nn.Module, image: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(the loss summed over a micro-batch, logits [B, C])"""
-        with accelerator.autocast():
-            logits = model(image)
-            teacher_logits = teacher(image) if teacher else None
-        loss = loss_fn(logits, smooth(target, config.smoothing))
-        if teacher:
-            loss = combine(loss, distill_loss(logits, teacher_logits, config.kd_temp), config.kd_alpha)
-        return loss.sum(), logits
+        teacher = Teacher(config.kd_teacher[0], classes=dataset.classes, device=device, mean=mean, std=std)
+    loss_fn = make_loss(config)
+    objective = Objective(config, loss=loss_fn, teacher=teacher, autocast=accelerator.autocast)
 
     # ---- Optimizer ---------------------------------------------------------------------------------------------------
     def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -128,7 +114,7 @@ def train(config: Config) -> int:
         def trial(size: int) -> None:
             batch = random_batch(size, config.img_size, len(dataset.classes), device)
             image, target, _ = prepare(batch, config, mean, std, mixing=True)
-            forward(bare, image, target)[0].backward()
+            objective(bare, image, target)[0].backward()
 
         plan, found = batch_size.find(
             plan,
@@ -296,7 +282,7 @@ def train(config: Config) -> int:
             image, target, lam = prepare(batch, config, mean, std, mixing=samples_seen < clock.mixup_off)
             last = micro == plan.accumulation - 1
             with divided.accumulate(last):
-                loss, logits = forward(model, image, target)
+                loss, logits = objective(model, image, target)
                 loss = loss / elements
                 if config.dry_run and step == micro == 0:
                     log.say(rehearsal.shapes(pixels=batch["image"], image=image, target=target, logits=logits))

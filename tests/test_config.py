@@ -71,7 +71,7 @@ def test_a_written_configuration_reads_back_equal(tmp_path):
         ("epochs: many", ("epochs", "expected a number", "'many'")),
         ("batch_size: 3.5", ("batch_size", "whole number")),
         ("batch_size: many", ("batch_size", "a whole number, not 'many', and not auto")),
-        ("loss: bec", ("expected one of bce, focal", "did you mean bce")),
+        ("loss: bec", ("expected one of bce, focal, asl", "did you mean bce")),
         ("scale: 0.4", ("scale", "2 numbers")),
         ("pretrained: maybe", ("pretrained", "true or false")),
         ("- a list", ("expected `name: value` lines",)),

@@ -20,7 +20,7 @@ from mlc.flags import read_config
 from mlc.models.build import build_model
 from mlc.models.teacher import Teacher
 from mlc.optim.distill import distill_loss
-from mlc.optim.losses import focal, smooth
+from mlc.optim.losses import bce, focal, smooth
 from mlc.parallel import launch, storage
 from shards.console import UserError
 from shards.console import run as run_verb
@@ -54,8 +54,8 @@ def first_batch(config: Config):
     "more, expected",
     [
         (["--loss", "focal", "--focal-gamma", "1.5", "--focal-alpha", "0.3"], lambda x, t: focal(x, t, 1.5, 0.3)),
-        (["--smoothing", "0.2", "--mixup", "0.4"], lambda x, t: train.LOSSES["bce"](x, smooth(t, 0.2))),
-        (["--head", "extra_linear"], lambda x, t: train.LOSSES["bce"](x, t)),
+        (["--smoothing", "0.2", "--mixup", "0.4"], lambda x, t: bce(x, smooth(t, 0.2))),
+        (["--head", "extra_linear"], lambda x, t: bce(x, t)),
     ],
 )
 def test_the_logged_loss_is_the_losss_own_value(shards, tmp_path, more, expected):

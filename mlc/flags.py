@@ -70,6 +70,11 @@ def write_yaml(config: Config, path: Path) -> None:
         building.write_text(yaml.safe_dump(settings, sort_keys=False))
 
 
+def convert_field(name: str, value: Any) -> Any:
+    """The value of a setting as the type of its field; ValueError says what was expected."""
+    return convert(value, typing.get_type_hints(Config)[name])
+
+
 def convert(value: Any, kind: Any) -> Any:
     """A value from YAML or the command line as the type of its field; ValueError says what was expected."""
     if typing.get_origin(kind) in (types.UnionType, typing.Union):

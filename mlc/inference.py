@@ -72,7 +72,7 @@ def logits_of_rows(
     Rows whose image cannot be read do not come; `bad` counts them on all processes alike, and the first process names
     them. All models see all views of an image that is decoded once. They are left in the mode they were in.
     """
-    training = [model.training for model in models]
+    modes = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -103,8 +103,8 @@ def logits_of_rows(
         if before:
             yield usable(before)
             advance()
-    for model, mode in zip(models, training, strict=True):
-        model.train(mode)
+    for module, mode in modes:
+        module.training = mode
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:

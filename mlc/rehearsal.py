@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from mlc import stages
 from mlc.config import Config
 from mlc.parallel import storage
 from mlc.resume import checkpoint_root
@@ -31,7 +32,8 @@ def shortened(config: Config) -> Iterator[Config]:
     often = {"eval_every": NEVER, "checkpoint_every": NEVER, "log_interval": 1}
     quiet = {"log_wandb": False, "log_tensorboard": False, "log_samples": ""}
     fresh = {"resume": "", "resume_weights_only": False, "experiment": name}
-    short = replace(config, max_steps=STEPS, **often, **quiet, **fresh)
+    longest = min(stages.configs(config), key=lambda stage: bool(stage.freeze))  # the one that needs most
+    short = replace(longest, max_steps=STEPS, stages=[], **often, **quiet, **fresh)
     folder = Path(config.output) / name
     try:
         yield short

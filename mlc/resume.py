@@ -5,6 +5,7 @@ which sample comes next is said in one line; any other is refused with both valu
 a run that silently goes on with other data or another order cannot be told from a sound one afterwards.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from mlc.parallel.storage import META, Place
 from shards.console import UserError
 from shards.urls import is_url
 
-NETWORK = ("model", "head", "model_kwargs")  # other weights
+NETWORK = ("model", "head", "head_kwargs", "model_kwargs")  # other weights
 STREAM = ("seed", "img_size", "model_ema")  # another run with the same weights
 # What may differ without a word: where things lie, and how the run is started, watched and saved.
 SILENT = (
@@ -66,6 +67,24 @@ class Start:
     checkpoint: Place | None = None
     weights_only: bool = False
     notices: list[str] = field(default_factory=list)
+
+    @functools.cached_property
+    def meta(self) -> dict[str, Any]:
+        """What the checkpoint says about itself."""
+        return storage.read_meta(self.checkpoint)
+
+    def progress(self) -> dict[str, Any]:
+        """The loop's few scalars, where the run goes on from."""
+        new = {"step": 0, "samples_seen": 0, "best": None, "best_step": None, "stale": 0, "bad": {}}
+        if not self.checkpoint or self.weights_only:
+            return new
+        for name, value in new.items():
+            self.meta["progress"].setdefault(name, value)
+        return self.meta["progress"]
+
+    def only_weights(self, stage: int) -> bool:
+        """Whether weights and their average are all that is taken: by the user's wish, or at the begin of a stage."""
+        return self.weights_only or self.meta.get("stage", 0) != stage
 
 
 def checkpoint_root(checkpoint_dir: str, run: Path) -> Place:
@@ -161,12 +180,11 @@ def _everyones(value: str) -> list[str]:
     return values
 
 
-def micro_batch(start: Start, world: int) -> int | None:
-    """That of the checkpoint, if it goes on with as many processes: dropout is the same again with the same one."""
-    if not start.checkpoint or start.weights_only:
+def micro_batch(start: Start, world: int, stage: int) -> int | None:
+    """That of the checkpoint, if its stage goes on with as many processes: then dropout is the same again."""
+    if not start.checkpoint or start.only_weights(stage):
         return None
-    meta = storage.read_meta(start.checkpoint)
-    return meta["config"]["batch_size"] if meta["world_size"] == world else None
+    return start.meta["config"]["batch_size"] if start.meta["world_size"] == world else None
 
 
 # ---- comparing -------------------------------------------------------------------------------------------------------

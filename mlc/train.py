@@ -5,15 +5,18 @@ where a run is. Learning rate, averaging, mixing and the moments of evaluation a
 therefore restores weights, optimizer state and that integer, and goes on as if it had never stopped.
 """
 
+import gc
 import math
+import re
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 
-from mlc import batch_size, rehearsal, resume
+from mlc import batch_size, rehearsal, resume, stages
 from mlc.batch_size import in_evaluation, in_training
 from mlc.clock import Clock
 from mlc.config import Config
@@ -26,12 +29,14 @@ from mlc.flags import read_config
 from mlc.metrics import thresholds
 from mlc.models.build import build_model, fast_memory_format
 from mlc.models.export import export, timm_config
-from mlc.models.heads import init_head_bias
+from mlc.models.freeze import freeze, train_mode
+from mlc.models.heads import classifier_prefixes, init_head_bias
 from mlc.models.teacher import Teacher
 from mlc.objective import Objective, make_loss
-from mlc.optim.ema import Ema, decay_at
+from mlc.optim import optimizers
+from mlc.optim.ema import Ema
 from mlc.optim.param_groups import param_groups
-from mlc.parallel import checkpoint, compiler, launch, storage, strategy
+from mlc.parallel import checkpoint, compiler, launch, strategy
 from mlc.parallel.preempt import StopFlag
 from mlc.parallel.recompute import recompute
 from mlc.profiling import Profiler
@@ -46,26 +51,49 @@ from shards.console import UserError
 def main(argv: list[str] | None = None) -> int:
     config = read_config(argv)
     with rehearsal.shortened(config) if config.dry_run else nullcontext(config) as config, in_training(config):
-        return train(config)
+        asked, stop = config.batch_size, train(config)
+        while stop:  # the end of a stage; the next one begins as if it were resumed
+            gc.collect()
+            config = replace(config, resume="auto", resume_weights_only=False, batch_size=asked)
+            stop = train(config, stop)
+    return 0
 
 
-def train(config: Config) -> int:
+def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
+    """Trains one stage of a run (mostly the only one). Returns the flag to give to the next stage, None for the end."""
     # ---- Launch ------------------------------------------------------------------------------------------------------
-    choice = strategy.choose(config.strategy)
-    accelerator = launch.start(config.amp_dtype, group=choice.divided)
+    choice = strategy.choose(settings.strategy)
+    accelerator = launch.start(settings.amp_dtype, group=choice.divided)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
-    folder = Path(config.output) / (config.experiment or f"{config.model}-{config.img_size}")
-    start = resume.find(config, folder)
-    if not config.resume and not config.dry_run and (folder / "log.jsonl").exists():
+    folder = Path(settings.output) / (settings.experiment or f"{settings.model}-{settings.img_size}")
+    start = resume.find(settings, folder)
+    if not settings.resume and not settings.dry_run and (folder / "log.jsonl").exists():
         raise UserError(f"{folder} holds a run already; --resume auto goes on with it, or choose another --experiment")
 
     # ---- Data --------------------------------------------------------------------------------------------------------
-    sources = open_sources(config)
+    sources = open_sources(settings)
     dataset, sampler = sources.dataset, sources.sampler
-    validation = open_validation(config, dataset)
-    plan = batch_size.plan(config, choice, world)
-    clock = Clock(config, sampler.epoch_samples, plan.global_batch)
-    refuse_unknown_metric(config, dataset)
+    validation = open_validation(settings, dataset)
+    refuse_unknown_metric(settings, dataset)
+    plan = batch_size.plan(settings, choice, world)
+    progress = start.progress()
+    lengths = {"epoch_samples": sampler.epoch_samples, "global_batch": plan.global_batch}
+    parts = stages.lay_out(settings, **lengths)
+    clocks = [Clock(part, **lengths) for part in parts]  # all now, so that the last one's mistake shows at the start
+    stage = stages.at(parts, progress["samples_seen"])
+    clock, config = clocks[stage.number], stage.config  # from here on the settings of this stage
+
+    # ---- Resume ------------------------------------------------------------------------------------------------------
+    # 1. weights  2. optimizer state  3. EMA  4. step, samples_seen and the best value; all else is a function of 4.
+    step, samples_seen = progress["step"], progress["samples_seen"]
+    facts = {"global_batch": plan.global_batch, "world_size": world, "strategy": choice.name}
+    facts |= {"versions": {"torch": torch.__version__}}
+    only_weights = bool(start.checkpoint) and start.only_weights(stage.number)
+    if start.checkpoint:
+        identity = sources.identity()
+        resume.compare(start.meta, settings, start=start, data=identity, classes=dataset.classes, facts=facts)
+        then = start.meta.get("strategy", "ddp")
+        strategy.refuse_other_files(then, choice.name, path=start.checkpoint, weights_only=only_weights)
 
     # ---- Model -------------------------------------------------------------------------------------------------------
     if config.deterministic:
@@ -76,8 +104,8 @@ def train(config: Config) -> int:
         num_classes=len(dataset.classes),
         img_size=config.img_size,
         head=config.head,
-        pretrained=config.pretrained,
-        pretrained_path=config.pretrained_path or None,
+        pretrained=config.pretrained and not start.checkpoint,
+        pretrained_path=None if start.checkpoint else config.pretrained_path or None,
         drop=config.drop,
         drop_path=config.drop_path,
         model_kwargs=config.model_kwargs,
@@ -89,6 +117,7 @@ def train(config: Config) -> int:
     mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
     transform = train_transform(config, mean)
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    frozen = freeze(model, config.freeze)
     if config.memory_format == "auto" and choice.name == "ddp":  # the others take contiguous weights only
         model.to(memory_format=fast_memory_format(model))
     bare = model.to(device)  # what is averaged, evaluated and saved; the strategy may wrap it for training
@@ -102,8 +131,23 @@ def train(config: Config) -> int:
 
     # ---- Optimizer ---------------------------------------------------------------------------------------------------
     def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
-        groups = param_groups(model, config.weight_decay)
-        return torch.optim.AdamW(groups, lr=config.lr, betas=config.opt_betas, eps=config.opt_eps, fused=True)
+        head = {rf"^{re.escape(prefix)}": config.head_lr_mult for prefix in classifier_prefixes(model)}
+        groups = param_groups(
+            model,
+            config.weight_decay,
+            layer_decay=config.layer_decay,
+            lr_mult=config.lr_mult | (head if config.head_lr_mult != 1 else {}),
+            wd_mult=config.wd_mult,
+        )
+        return optimizers.make_optimizer(
+            groups,
+            name=config.opt,
+            lr=config.lr,
+            betas=config.opt_betas,
+            eps=config.opt_eps,
+            momentum=config.momentum,
+            only_elementwise=choice.zero_stage > 0,
+        )
 
     if config.compile:
         compiler.need_compiler(device)
@@ -124,13 +168,17 @@ def train(config: Config) -> int:
             model=bare,
             averaged=averaged,
             device=device,
-            before=resume.micro_batch(start, world),
+            before=resume.micro_batch(start, world, stage.number),
         )
-        config.batch_size = plan.batch_size  # from here on the run is the one with this number given by hand
+        settings.batch_size = config.batch_size = (
+            plan.batch_size
+        )  # from here on the run is the one with this number given by hand
         start.notices.append(found)
     if config.dry_run and validation:
         validation = validation[0], validation[1][: 2 * config.batch_size]
     compilations = compiler.Compilations()
+    if only_weights:
+        checkpoint.load_weights(start.checkpoint, model=bare, ema=averaged)
     divided = strategy.divide(
         choice,
         accelerator,
@@ -142,29 +190,14 @@ def train(config: Config) -> int:
         accumulation=plan.accumulation,
     )
     model = divided.model
-
-    # ---- Resume ------------------------------------------------------------------------------------------------------
-    # 1. weights  2. optimizer state  3. EMA  4. step, samples_seen and the best value; all else is a function of 4.
-    progress = {"step": 0, "samples_seen": 0, "best": None, "best_step": None, "bad": {}}
-    facts = {"global_batch": plan.global_batch, "world_size": world, "strategy": choice.name}
-    facts |= {"versions": {"torch": torch.__version__}}
-    if start.checkpoint:
-        meta = storage.read_meta(start.checkpoint)
-        identity = sources.identity()
-        resume.compare(meta, config, start=start, data=identity, classes=dataset.classes, facts=facts)
-        then = meta.get("strategy", "ddp")
-        strategy.refuse_other_files(then, choice.name, path=start.checkpoint, weights_only=start.weights_only)
-        if start.weights_only:
-            checkpoint.load_weights(start.checkpoint, model=bare, ema=averaged)
-        else:
-            checkpoint.load(start.checkpoint, **divided.saved)
-            progress = meta["progress"]
-    step, samples_seen = progress["step"], progress["samples_seen"]
+    if start.checkpoint and not only_weights:
+        checkpoint.load(start.checkpoint, **divided.saved)
+        optimizers.set_steps(divided.optimizer, step - stage.begin // plan.global_batch)
 
     # ---- Logs --------------------------------------------------------------------------------------------------------
     log = RunLog(
         folder,
-        config,
+        settings,
         enabled=accelerator.is_main_process,
         resumed_step=step if start.checkpoint else None,
         steps=clock.steps,
@@ -181,16 +214,23 @@ def train(config: Config) -> int:
         log.say(text)
     if start.checkpoint and not start.weights_only:
         log.say(f"resumed from {start.checkpoint}: step {step}, {samples_seen} samples seen")
-    if samples_seen >= clock.total:
+    if len(parts) > 1:
+        changed = ", ".join(f"{name} {value}" for name, value in settings.stages[stage.number].items() if name != "for")
+        until = clock.epoch(stage.end)
+        log.say(f"stage {stage.number + 1} of {len(parts)}, until epoch {until:.2f}: {changed or 'as the run'}")
+    if frozen:
+        log.say(f"{frozen / 1e6:.1f} M of the parameters are not trained (--freeze {config.freeze})")
+    given_up = settings.patience is not None and progress["stale"] >= settings.patience
+    if samples_seen >= clock.total or given_up:
         log.say(f"{folder} is finished at {samples_seen} of {clock.total} samples; more --epochs or --max-steps go on")
-        return 0
+        return None
     sample_log = None
     if config.log_samples:
         sample_log = SampleLog(
             Path(config.log_samples), [rows.index for rows in sampler.sources], accelerator, resumed_step=step
         )
     bad, val_bad = BadSamples(config.max_bad_samples, progress["bad"]), BadSamples(config.max_bad_samples)
-    stop = StopFlag(folder, watches_file=accelerator.is_main_process)
+    stop = stop or StopFlag(folder, watches_file=accelerator.is_main_process)
     root = resume.checkpoint_root(config.checkpoint_dir, folder)
     saver = checkpoint.Saver(root, keep=config.checkpoint_hist, background=config.checkpoint_async, say=log.say)
 
@@ -210,8 +250,10 @@ def train(config: Config) -> int:
         for name, found in metrics.items():
             log.say(evaluation_line(step, name, found))
         if goodness(metrics[best_now], config.eval_metric) > goodness(progress["best"], config.eval_metric):
-            progress.update(best=metrics[best_now], best_step=step)
+            progress.update(best=metrics[best_now], best_step=step, stale=0)
             keep("best", weights[best_now], metrics[best_now])
+        else:
+            progress["stale"] += 1
         last = "val_ema" if ema else "val"
         keep("last", weights[last], metrics[last])
 
@@ -243,7 +285,8 @@ def train(config: Config) -> int:
         meta = {
             "progress": progress,
             "epoch": clock.epoch(samples_seen),
-            "config": vars(config),
+            "config": vars(settings),
+            "stage": stage.number,
             "data": sources.identity(),
             "classes": dataset.classes,
             "export": timm_config(bare, **described()),
@@ -261,18 +304,19 @@ def train(config: Config) -> int:
             )
 
     stream = TrainDataset(sampler, sources.readers, transform, config.seed, max_bad=config.max_bad_samples)
-    positions = train_positions(samples_seen, clock.total, plan, rank)
+    positions = train_positions(samples_seen, stage.end, plan, rank)
     batches = Waiting(load(stream, positions, workers=config.workers, device=device), device)
     elements = plan.global_batch * len(dataset.classes)  # the loss is a sum, divided once by the whole step's count
     meter, interval_loss, interval_steps = Meter(), torch.zeros((), device=device), 0
     in_flight: launch.Arriving | None = None
     met: list[tuple[str, str]] = []  # bad samples that this rank met and the others do not know of yet
     profiler = Profiler(folder, device, log.say) if config.profile and accelerator.is_main_process else None
-    model.train()
-    while samples_seen < clock.total:
+    train_mode(model)
+    stopping = at_end = False
+    while samples_seen < stage.end and not (stopping or given_up):
         lr = clock.lr(samples_seen)
         for group in divided.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         step_loss = torch.zeros((), device=device)
         for micro in range(plan.accumulation):
             batch = next(batches)
@@ -293,8 +337,8 @@ def train(config: Config) -> int:
                 sample_log.add(batch, lam)
         grad_norm = divided.step()
         step, samples_seen = step + 1, samples_seen + plan.global_batch
-        if ema:
-            ema.update(bare, decay_at(step, config.model_ema_decay, config.model_ema_warmup))
+        if ema and (decay := clock.averaging(step, samples_seen)) is not None:
+            ema.update(bare, decay)
         if sample_log:
             sample_log.write(step)
 
@@ -309,12 +353,15 @@ def train(config: Config) -> int:
         riders = torch.tensor([stop.check(), len(met), due], dtype=torch.float32).to(device, non_blocking=True)
         in_flight = launch.Arriving(torch.cat([step_loss[None], grad_norm[None].float() / world, riders]))
         stopping = stopped > 0
-        at_end = samples_seen >= clock.total
-        saving = at_end or stopping or clock_due > 0 or clock.passed("checkpoint_every", samples_seen)
-        if saving:
-            _, norm, _, found_now, _ = in_flight.read()
+        at_end, stage_end = samples_seen >= clock.total, samples_seen >= stage.end
+        evaluating = validation and (at_end or clock.passed("eval_every", samples_seen))
+        saving = stage_end or stopping or clock_due > 0 or clock.passed("checkpoint_every", samples_seen)
+        if saving or evaluating:
+            _, norm, stopped, found_now, _ = in_flight.read()
             refuse_non_finite(step, norm)
             found += found_now
+            stopping = stopping or stopped > 0
+            saving = saving or stopping
         if found > 0:
             for text in bad.add(gather_object(met)):
                 log.say(text)
@@ -347,19 +394,21 @@ def train(config: Config) -> int:
             interval_loss.zero_()
             interval_steps = 0
         with meter.paused():
-            if validation and (at_end or clock.passed("eval_every", samples_seen)):
+            if evaluating:
                 evaluate_and_keep_best()
+                given_up = settings.patience is not None and progress["stale"] >= settings.patience
             if not validation and at_end:
                 keep("last", averaged or bare, None)
-            if saving:
+            if saving or given_up:
                 save_checkpoint()
-            if stopping or at_end:
+            if stopping or stage_end or given_up:
                 saver.finish()
-        if stopping and not at_end:
-            log.say(f"stopped at step {step}, checkpoint saved; the same command with --resume auto goes on")
-            break
-    else:
+    if stopping and not (at_end or given_up):
+        log.say(f"stopped at step {step}, checkpoint saved; the same command with --resume auto goes on")
+    elif at_end or given_up:
         best = progress["best"]
+        if given_up:
+            log.say(f"no better {config.eval_metric} in {settings.patience} evaluations: ended at step {step}")
         if best:
             log.say(f"best {config.eval_metric} {best[config.eval_metric]:.4f} at step {progress['best_step']}")
         if config.dry_run:
@@ -371,5 +420,7 @@ def train(config: Config) -> int:
     if profiler:
         profiler.close()
     log.close(**{f"best/{name}": value for name, value in (progress["best"] or {}).items()})
+    if samples_seen == stage.end and not (stopping or at_end or given_up):
+        return stop
     accelerator.end_training()
-    return 0
+    return None

@@ -74,3 +74,9 @@ def init_head_bias(model: nn.Module, prior: ArrayLike) -> None:
             raise UserError("this model's classifier has no bias to set; use --head-bias zero")
         layers[-1].weight.zero_()
         layers[-1].bias.copy_(bias)
+
+
+def classifier_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """What the names of the classifier's parameters begin with."""
+    names = model.pretrained_cfg.get("classifier") or ()
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))

@@ -216,17 +216,25 @@ def load(
 def load_weights(folder: Place, *, model: torch.nn.Module, ema: torch.nn.Module | None) -> None:
     """Restores weights and their average and nothing else; a checkpoint without an average starts it at its weights.
 
+    model, ema: the bare ones, before a strategy divides them; the checkpoint may be of any strategy.
+
     Raises:
         UserError: the files do not fit the model.
     """
-    state = {"model": get_model_state_dict(model)}
-    averaged = ema is not None and any(name.startswith("ema.") for name in tensors(folder))
-    if averaged:
-        state["ema"] = get_model_state_dict(ema)
-    _read(folder, state)
-    set_model_state_dict(model, state["model"])
-    if ema is not None:
-        set_model_state_dict(ema, state["ema" if averaged else "model"])
+    described = tensors(folder)
+    averaged = any(name.startswith("ema.") for name in described)
+    for module, part in ((model, "model"), (ema, "ema" if averaged else "model")):
+        if module is None:
+            continue
+        own = {f"{part}.{name}": tensor for name, tensor in module.state_dict().items()}
+        for name, tensor in own.items():
+            if name not in described or described[name].size != tensor.shape:
+                found = list(described[name].size) if name in described else "missing"
+                raise UserError(
+                    f"checkpoint {folder} does not fit this run: {name} is {found}, here {list(tensor.shape)}"
+                )
+        for name, tensor in read_tensors(folder, list(own)):
+            own[name].copy_(tensor)
 
 
 def tensors(folder: Place) -> dict[str, Any]:

@@ -55,6 +55,7 @@ def start(amp_dtype: str = "auto", *, group: bool = False) -> Accelerator:
     if group and world == 1 and not torch.distributed.is_initialized():
         alone = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
         torch.distributed.init_process_group("gloo" if on_cpu else "nccl", **alone)
+    met = torch.distributed.is_initialized()  # in an earlier stage of the run
     accelerator = Accelerator(
         mixed_precision=_precision(amp_dtype, on_cpu),
         cpu=on_cpu,
@@ -69,8 +70,9 @@ def start(amp_dtype: str = "auto", *, group: bool = False) -> Accelerator:
             f"the launcher started {world} processes, but {accelerator.num_processes} are connected; each would train "
             "alone. Check `distributed_type` in the accelerate configuration (MULTI_GPU for GPUs and for a CPU)"
         )
-    if world > 1:
+    if world > 1 and not met:
         _say_rank(accelerator.process_index)
+    set_timeout(FIRST_TIMEOUT)
     return accelerator
 
 

@@ -5,7 +5,7 @@ CPU without a word, and its DeepSpeed rewrites the accumulation. What the accele
 the environment it sets, and one code divides the model on CPUs and GPUs. All strategies look the same to the story:
 
     with strategy.accumulate(last): strategy.backward(loss)     a mean over the processes, communicated when `last`
-    norm = strategy.step()                                      clip, AdamW; no update where the norm is not finite
+    norm = strategy.step()                          clip, optimizer; no update where the norm is not finite
 """
 
 import os
@@ -160,7 +160,8 @@ class Ddp:
 
     def step(self) -> Tensor:
         """The gradient's norm over all parameters before clipping, 0-dim. Where it is not finite, nothing changes but
-        the gradient, which is gone. The host never waits for the device, but under fp16, whose scaler does.
+        the gradient, which is gone. The host waits for the device under fp16, whose scaler does, and for an optimizer
+        without a fused kernel.
         """
         self._accelerator.unscale_gradients()
         parameters = [p for p in self.model.parameters() if p.grad is not None]
@@ -168,9 +169,13 @@ class Ddp:
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if self._clip:
             torch.nn.utils.clip_grads_with_norm_(parameters, self._clip, norm)
-        if self._accelerator.scaler is None:  # which else says it itself
-            self._bare.found_inf = (~norm.isfinite()).float()  # read on the device by a fused optimizer
-        self.optimizer.step()
+        if self._accelerator.scaler is not None:  # which says it itself
+            self.optimizer.step()
+        elif self._bare.defaults.get("fused"):
+            self._bare.found_inf = (~norm.isfinite()).float()  # read on the device
+            self.optimizer.step()
+        elif norm.isfinite():
+            self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
 
@@ -210,10 +215,11 @@ def refuse_other_files(then: str, now: str, *, path: object, weights_only: bool)
     stage has its own.
     """
     zero = any(name.startswith("zero") for name in (then, now))
-    if zero and weights_only:
-        raise UserError("--resume-weights-only does not go with ZeRO; use --pretrained-path RUN/last/model.safetensors")
-    if zero and then != now:
-        raise UserError(f"{path} was written by {then}, this run is {now}; go on with --strategy {then}")
+    if zero and then != now and not weights_only:
+        raise UserError(
+            f"{path} was written by {then}, this run is {now}; go on with --strategy {then}, or start a new "
+            "--experiment with --resume-weights-only"
+        )
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from timm.scheduler import CosineLRScheduler
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR, StepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, MultiStepLR, OneCycleLR, SequentialLR, StepLR
 
 from mlc.optim.schedule import lr_at, parse_duration, parse_minutes
 from shards.console import UserError
@@ -111,8 +111,38 @@ def test_the_curve_does_not_depend_on_the_batch_size():
     assert all(lr_at(step * 48, **settings) == small[step * 48] for step in range(20))
 
 
+def test_multistep_equals_torch():
+    sgd = optimizer(0.4)
+    expected = curve(MultiStepLR(sgd, [7, 9], gamma=0.5), sgd, 12)
+    settings = {"base_lr": 0.4, "total": 1, "sched": "multistep", "decay_at": [7 * BATCH, 9 * BATCH], "decay_rate": 0.5}
+    assert [lr_at(step * BATCH, **settings) for step in range(12)] == pytest.approx(expected)
+
+
+def test_linear_equals_torch():
+    sgd = optimizer(0.4)
+    expected = curve(LinearLR(sgd, start_factor=1, end_factor=0.25, total_iters=20), sgd, 21)
+    mine = [lr_at(step * BATCH, base_lr=0.4, total=20 * BATCH, min_lr=0.1, sched="linear") for step in range(21)]
+    assert mine == pytest.approx(expected)
+
+
+def test_onecycle_equals_torch():
+    """torch's rise ends one step before its share of the steps, and the fall ends at the last step, not after it."""
+    sgd, steps, rise = optimizer(0.4), 101, 20
+    expected = curve(OneCycleLR(sgd, 0.4, total_steps=steps, pct_start=(rise + 1) / steps), sgd, steps)
+    settings = {"base_lr": 0.4, "total": steps - 1, "warmup": rise, "warmup_lr": 0.4 / 25, "min_lr": 0.4 / 25 / 1e4}
+    assert [lr_at(step, **settings, sched="onecycle") for step in range(steps)] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_share_of_the_run():
+    assert parse_duration("20%", epoch_samples=100, global_batch=10, total=500) == 100
+    with pytest.raises(UserError, match="no duration"):
+        parse_duration("20%", epoch_samples=100, global_batch=10)
+
+
 def test_mistakes_in_the_schedule_are_one_line():
-    with pytest.raises(UserError, match="cosine, step, constant"):
+    with pytest.raises(UserError, match="cosine, linear, step"):
         lr_at(0, base_lr=1.0, total=1, sched="cosin")
     with pytest.raises(UserError, match="how often"):
         lr_at(0, base_lr=1.0, total=1, sched="step")
+    with pytest.raises(UserError, match="--decay-at"):
+        lr_at(0, base_lr=1.0, total=1, sched="multistep")

@@ -5,10 +5,12 @@ A fused kernel reads on the device whether the gradient is finite; the others mu
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from torch.distributed.tensor import DTensor
 
 from shards.console import UserError, did_you_mean
 
 FUSED = ("adamw", "adam", "sgd", "momentum", "nesterov")
+_FUSED_ON_DTENSORS = ("adamw", "adam")  # torch has no sharding rule for the others' kernels
 # What updates each number by its own history alone, so that it does not matter how parameters are cut into parts.
 ELEMENTWISE = (*FUSED, "nadamw", "nadam", "radamw", "radam", "adamax", "lion", "rmsprop", "adagrad")
 
@@ -40,7 +42,8 @@ def make_optimizer(
     info = get_optimizer_info(name)
     settings = {"betas": betas} if info.has_betas and info.num_betas == 2 else {}
     settings |= {"eps": eps} if info.has_eps else {}
-    settings |= {"fused": True} if name in FUSED else {}
+    divided = any(isinstance(parameter, DTensor) for group in groups for parameter in group["params"])
+    settings |= {"fused": True} if name in (_FUSED_ON_DTENSORS if divided else FUSED) else {}
     try:
         return create_optimizer_v2(groups, opt=name, lr=lr, momentum=momentum, **settings)
     except (TypeError, ValueError, AssertionError, ImportError, RuntimeError) as error:

@@ -131,7 +131,7 @@ def ours(data: Data, workers: int, aa: str = "") -> Iterable:
 
 
 def _streamed(dataset, workers: int) -> Iterable:
-    positions = train_positions(0, 10**9, plan_batches(BATCH, BATCH, 1, pairs=False), 0)
+    positions = train_positions(0, 10**9, plan_batches(BATCH, BATCH, 1, together=1), 0)
     return load(dataset, positions, workers=workers, device=torch.device("cpu"))
 
 

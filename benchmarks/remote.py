@@ -125,7 +125,7 @@ def turn(way: Way, url: str, counts, bytes_in_all: int, images: int) -> tuple[fl
         cache = {"cache_dir": folder, "cache_gb": way.cache * bytes_in_all / 1e9} if way.cache else {}
         sampler = Sampler([Rows(index, SEED, block=way.block)], [None], SEED)
         stream = TrainDataset(sampler, [open_reader(index, **cache)], TrainTransform(size=SIZE), SEED)
-        plan = plan_batches(BATCH, BATCH, 1, pairs=False)
+        plan = plan_batches(BATCH, BATCH, 1, together=1)
         counts[0] = counts[1] = 0
         begin = time.perf_counter()
         for _ in load(stream, train_positions(0, images, plan, 0), workers=WORKERS, device=torch.device("cpu")):

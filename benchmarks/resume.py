@@ -81,7 +81,7 @@ def _only(sample: tuple) -> torch.Tensor:
 
 
 def ours(data: Data, number: int, _) -> Iterable:
-    plan = plan_batches(BATCH, BATCH, 1, pairs=False)
+    plan = plan_batches(BATCH, BATCH, 1, together=1)
     positions = train_positions(number * BATCH, 10**9, plan, 0)
     return (batch["image"] for batch in load(stream(data), positions, workers=WORKERS, device=torch.device("cpu")))
 

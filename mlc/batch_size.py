@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mlc.config import Config
 from mlc.data.loader import BatchPlan, batch_sizes, plan_batches
+from mlc.data.mixing import together
 from mlc.parallel import memory
 from mlc.parallel.compiler import has_own_forward
 from mlc.parallel.strategy import Choice, blocks
@@ -33,22 +34,22 @@ def plan(config: Config, choice: Choice, world: int) -> BatchPlan:
     Raises:
         UserError: it cannot be divided in this way.
     """
-    pairs = config.mixup > 0
     if config.batch_size != "auto":
-        return plan_batches(config.global_batch_size, config.batch_size, world, pairs=pairs)
+        return plan_batches(config.global_batch_size, config.batch_size, world, together=together(config))
     if choice.zero_stage:
         raise UserError(
             f"--batch-size auto does not go with {choice.name}, whose buffers only a run can measure; give a number "
             "(`mlc plan` estimates it, --dry-run tries it)"
         )
-    return BatchPlan(config.global_batch_size, batch_sizes(config.global_batch_size, world, pairs=pairs)[0], world)
+    smallest = batch_sizes(config.global_batch_size, world, together=together(config))[0]
+    return BatchPlan(config.global_batch_size, smallest, world)
 
 
 def find(
     plan: BatchPlan,
     trial: Callable[[int], None],
     *,
-    pairs: bool,
+    together: int,
     choice: Choice,
     model: nn.Module,
     averaged: nn.Module | None,
@@ -58,7 +59,7 @@ def find(
     """(the plan with the largest micro-batch that fits on every device, a line for the log). All processes call it.
 
     trial: does one forward and backward pass of the bare model with so many images; leaves nothing changed here.
-    pairs: only even micro-batches.
+    together: samples that must share a micro-batch, which is then a multiple of it.
     model, averaged: not divided yet, on the device.
     before: the micro-batch of the checkpoint to go on from, kept if it fits: dropout depends on it.
 
@@ -71,7 +72,7 @@ def find(
         taken = _taken(trial, size, model, device) + later
         return _worst(max(taken, 0) / room if room > 0 else math.inf, device)
 
-    sizes = batch_sizes(plan.global_batch, plan.world_size, pairs=pairs)
+    sizes = batch_sizes(plan.global_batch, plan.world_size, together=together)
     whole = choice.name == "ddp" and device.type == "cuda"  # a trial is what the run will be
     size, shares = search(sizes, share, confirm=whole)
     limit = f"{room / 2**30:.1f} GiB ({memory.USABLE[device.type]:.0%} of what is free)"
@@ -94,7 +95,7 @@ def search(sizes: Sequence[int], share: Callable[[int], float], *, confirm: bool
     share: size -> the share it takes, inf where memory ran out; may be asked for sizes that are not in `sizes`.
     confirm: ask for the result itself; else what two small ones promise is believed.
     """
-    smallest = min(2, sizes[-1])  # some layers (batch norm) refuse a single image
+    smallest = min(max(2, sizes[0]), sizes[-1])  # some layers (batch norm) refuse a single image
     shares = {size: share(size) for size in sorted({smallest, min(2 * smallest, sizes[-1])})}
     while True:
         fits = max((size for size in sizes if shares.get(size, math.inf) <= 1), default=0)
@@ -221,7 +222,7 @@ def _smaller(config: Config) -> str:
         return f"the model itself does not fit; {LESS}"
     world = dist.get_world_size() if dist.is_initialized() else 1
     total = config.global_batch_size or config.batch_size * world
-    fit = [size for size in batch_sizes(total, world, pairs=config.mixup > 0) if 2 * size <= config.batch_size]
+    fit = [size for size in batch_sizes(total, world, together=together(config)) if 2 * size <= config.batch_size]
     if not fit:
         return f"with --batch-size {config.batch_size}; {LESS}"
     return (

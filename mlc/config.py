@@ -181,7 +181,8 @@ class Config:
     asl_clip: float = 0.05
     """`asl`: negatives with a probability below this count nothing"""
     two_way_temp: float = 4.0
-    """`two-way`: temperature of the positives"""
+    """`two-way`: temperature of the positives. It also compares the samples of one micro-batch in each class, so this
+    loss alone depends on --batch-size"""
     fbeta: float = 1.0
     """`soft-fbeta`: beta, above 1 for more recall"""
     weighted_loss: Literal["none", "effective", "inverse"] = "none"
@@ -307,6 +308,15 @@ class Config:
             raise UserError(message)
 
 
+_RANGES = (
+    (("cutout", "mixup_switch_prob", "splicemix", "focal_alpha"), lambda x: 0 <= x <= 1, "in [0, 1]"),
+    (("asl_clip",), lambda x: 0 <= x < 1, "in [0, 1)"),
+    (("weighted_beta",), lambda x: 0 < x < 1, "in (0, 1)"),
+    (("two_way_temp", "fbeta"), lambda x: x > 0, "above 0"),
+    (("cutmix", "focal_gamma", "asl_gamma_neg", "asl_gamma_pos"), lambda x: x >= 0, "at least 0"),
+)
+
+
 def _impossible(c: Config) -> Iterator[str]:
     """One line for each combination that cannot be meant."""
     for name in ("batch_size", "img_size", "log_interval", "checkpoint_hist"):
@@ -323,6 +333,13 @@ def _impossible(c: Config) -> Iterator[str]:
     for name in ("workers", "max_bad_samples", "mixup", "weight_decay", "warmup_lr", "min_lr", "wandb_samples"):
         if getattr(c, name) < 0:
             yield f"{flag(name)} must not be negative, not {getattr(c, name)}"
+    for names, allowed, text in _RANGES:
+        for name in names:
+            if (value := getattr(c, name)) is not None and not allowed(value):
+                yield f"{flag(name)} must be {text}, not {value}"
+    for group, weight in c.group_weight.items():
+        if weight < 0:
+            yield f"--group-weight {group}={weight} must not be negative"
     for name in ("scale", "ratio"):
         low, high = getattr(c, name)
         if not 0 < low <= high:

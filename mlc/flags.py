@@ -81,6 +81,8 @@ def convert(value: Any, kind: Any) -> Any:
         return _either(value, *typing.get_args(kind))
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
+        if choices[0] == "none" and str(value).lower() in ("true", "false"):  # once was a switch: --weighted_loss True
+            return choices[str(value).lower() == "true"]
         if value not in choices:
             raise ValueError(f"expected one of {', '.join(choices)}, not {value!r}{did_you_mean(str(value), choices)}")
         return value

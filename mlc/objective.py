@@ -5,30 +5,110 @@ take part and what a teacher adds is put together here, from the settings.
 """
 
 import functools
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from mlc.config import Config
 from mlc.models.teacher import Teacher
 from mlc.optim.distill import combine, distill_loss
-from mlc.optim.losses import LOSSES, Loss, smooth
+from mlc.optim.losses import LOSSES, Loss, class_weights, smooth
+from shards.console import UserError, did_you_mean
+
+Groups = Mapping[str, Sequence[int]]  # the columns of each group's classes
 
 
-def make_loss(config: Config) -> Loss:
-    """The loss of `--loss` with its settings: logits [B, C], target [B, C] -> float32 [B, C]."""
-    loss = LOSSES[config.loss]
-    if config.loss == "focal":
-        alpha = -1.0 if config.focal_alpha is None else config.focal_alpha
-        loss = functools.partial(loss, gamma=config.focal_gamma, alpha=alpha)
-    return loss
+def make_loss(config: Config, groups: Groups) -> Loss:
+    """The loss of `--loss`, and for the columns of a group its `--group-loss`: logits [B, C], target [B, C] -> float32
+    [B, C].
+
+    A loss that looks at several classes at once sees those that share it, and with `--groups` the trained ones apart
+    from the others. A class in two groups takes the loss of the last one.
+
+    Raises:
+        UserError: a group or a loss that does not exist.
+    """
+    _refuse_unknown("--group-loss", config.group_loss, groups, "group")
+    _refuse_unknown("--group-loss", config.group_loss.values(), LOSSES, "loss")
+    _refuse_unknown("--groups", config.groups, groups, "group")
+    if not config.group_loss and not config.groups:
+        return _loss(config, config.loss)
+
+    @functools.lru_cache(maxsize=4)
+    def parts(classes: int, device: torch.device) -> list[tuple[Tensor, Loss]]:
+        """Copied to the device once: each copy of fresh indices would wait for it."""
+        names, trained = dict.fromkeys(range(classes), config.loss), set(trained_columns(config, groups, classes))
+        names |= {column: name for group, name in config.group_loss.items() for column in groups[group]}
+        columns = defaultdict(list)
+        for column, name in names.items():
+            columns[name, column in trained].append(column)
+        return [(torch.tensor(own, device=device), _loss(config, name)) for (name, _), own in columns.items()]
+
+    def by_group(logits: Tensor, target: Tensor) -> Tensor:
+        loss = torch.zeros(logits.shape, device=logits.device)
+        for columns, own in parts(logits.shape[1], logits.device):
+            value = own(logits.index_select(1, columns), target.index_select(1, columns))
+            loss = loss.index_copy(1, columns, value)
+        return loss
+
+    return by_group
+
+
+def _loss(config: Config, name: str) -> Loss:
+    settings = {
+        "focal": {"gamma": config.focal_gamma, "alpha": -1.0 if config.focal_alpha is None else config.focal_alpha},
+        "asl": {"gamma_neg": config.asl_gamma_neg, "gamma_pos": config.asl_gamma_pos, "clip": config.asl_clip},
+        "two-way": {"temperature": config.two_way_temp},
+        "soft-fbeta": {"beta": config.fbeta},
+    }
+    return functools.partial(LOSSES[name], **settings.get(name, {}))
+
+
+def trained_columns(config: Config, groups: Groups, classes: int) -> list[int]:
+    """The columns that `--groups` leaves in the loss, ascending: by their number the caller divides."""
+    if not config.groups:
+        return list(range(classes))
+    _refuse_unknown("--groups", config.groups, groups, "group")
+    return sorted({column for group in config.groups for column in groups[group]})
+
+
+def loss_weights(config: Config, groups: Groups, counts: np.ndarray, device: torch.device) -> Tensor | None:
+    """float32 [C], what each column of the loss is multiplied by; None where all are 1.
+
+    counts [C]: positives of each class in an epoch. Class weights are 1 on average over the trained classes.
+
+    Raises:
+        UserError: a group that does not exist.
+    """
+    _refuse_unknown("--group-weight", config.group_weight, groups, "group")
+    if config.weighted_loss == "none" and not config.groups and not config.group_weight:
+        return None
+    trained = trained_columns(config, groups, len(counts))
+    weights = torch.zeros(len(counts))
+    weights[trained] = 1
+    if config.weighted_loss != "none":
+        weights[trained] = class_weights(torch.tensor(counts[trained]), config.weighted_loss, config.weighted_beta)
+    for group, factor in config.group_weight.items():
+        weights[list(groups[group])] *= factor
+    return weights.to(device)
+
+
+def _refuse_unknown(option: str, names: Iterable[str], known: Iterable[str], kind: str) -> None:
+    known = list(known)
+    for name in names:
+        if name not in known:
+            there = f"choose one of {', '.join(known)}" if known else f"the data set has no {kind}s"
+            raise UserError(f"{option} {name}: no such {kind}{did_you_mean(name, known)}; {there}")
 
 
 class Objective:
     """(model, image, target, batch) -> (the loss summed over a micro-batch and its classes, logits [B, C]).
 
-    The caller divides the sum once, by the samples of the global batch times the classes.
+    The caller divides the sum once, by the samples of the global batch times the trained classes.
     """
 
     def __init__(
@@ -38,7 +118,10 @@ class Objective:
         loss: Loss,
         teacher: Teacher | None,
         autocast: Callable[[], AbstractContextManager],
+        weights: Tensor | None = None,
     ):
+        """`weights` float32 [C]: what each column of the loss counts, see `loss_weights`."""
+        self._weights = weights
         self._config, self._loss, self._teacher, self._autocast = config, loss, teacher, autocast
 
     def __call__(self, model: nn.Module, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,4 +132,6 @@ class Objective:
         loss = self._loss(logits, smooth(target, config.smoothing))
         if self._teacher:
             loss = combine(loss, distill_loss(logits, teacher_logits, config.kd_temp), config.kd_alpha)
+        if self._weights is not None:
+            loss = loss * self._weights
         return loss.sum(), logits

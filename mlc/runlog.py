@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mlc.clock import Clock
 from mlc.config import Config
 from mlc.data.dataset import Batch
+from mlc.data.mixing import Mix
 from mlc.flags import write_yaml
 from mlc.mirrors import Mirror, open_mirrors
 from shards.dataset import Index
@@ -170,20 +171,22 @@ class SampleLog:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = _open_until(path, resumed_step)
 
-    def add(self, batch: Batch, lam: torch.Tensor | None) -> None:
-        """Takes one micro-batch: position, data set, row, crc32 of the augmented uint8 image, own share of the mix."""
-        image = batch["image"].cpu().numpy()
-        shares = [1.0] * len(image) if lam is None else lam.tolist()
+    def add(self, batch: Batch, mix: Mix | None) -> None:
+        """Takes one micro-batch: position, data set, row, crc32 of the augmented uint8 image, how it is mixed, of which
+        positions, and its own share of that."""
+        image, position = batch["image"].cpu().numpy(), batch["position"].tolist()
         crcs = [zlib.crc32(np.ascontiguousarray(pixels)) for pixels in image]
-        columns = (batch[name].tolist() for name in ("position", "source", "row"))
-        self._rows += zip(*columns, crcs, shares, strict=True)
+        mixed = [(None, [], 1.0)] * len(image) if mix is None else mix.described()
+        mixed = [(how, [position[place] for place in places], share) for how, places, share in mixed]
+        columns = (batch[name].tolist() for name in ("source", "row"))
+        self._rows += zip(position, *columns, crcs, mixed, strict=True)
 
     def write(self, step: int) -> None:
         rows = sorted(gather_object(self._rows))
         self._rows = []
         if self._file:
             keys = {position: self._indexes[source].key(row) for position, source, row, _, _ in rows}
-            partners = [keys[row[0] ^ 1] if row[-1] < 1 else None for row in rows]
+            names = [[keys[position] for position in positions] for *_, (_, positions, _) in rows]
             sources = {"data": [row[1] for row in rows]} if len(self._indexes) > 1 else {}
             line = {
                 "step": step,
@@ -191,8 +194,9 @@ class SampleLog:
                 **sources,
                 "keys": list(keys.values()),
                 "crc32": [row[-2] for row in rows],
-                "partner": partners,
-                "lambda": [round(row[-1], 7) for row in rows],
+                "mix": [row[-1][0] for row in rows],
+                "partner": [None if not found else found[0] if len(found) == 1 else found for found in names],
+                "lambda": [round(row[-1][2], 7) for row in rows],
             }
             with disk_errors(Path(self._file.name)):
                 self._file.write(json.dumps(line) + "\n")

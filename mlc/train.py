@@ -23,6 +23,7 @@ from mlc.config import Config
 from mlc.data.batch import prepare, random_batch, train_transform
 from mlc.data.dataset import BadSamples, TrainDataset
 from mlc.data.loader import Waiting, load, readers, train_positions
+from mlc.data.mixing import together
 from mlc.data.order import DROPOUT, hash64
 from mlc.data.sources import open_sources, open_validation
 from mlc.flags import read_config
@@ -32,7 +33,7 @@ from mlc.models.export import export, timm_config
 from mlc.models.freeze import freeze, train_mode
 from mlc.models.heads import classifier_prefixes, init_head_bias
 from mlc.models.teacher import Teacher
-from mlc.objective import Objective, make_loss
+from mlc.objective import Objective, loss_weights, make_loss, trained_columns
 from mlc.optim import optimizers
 from mlc.optim.ema import Ema
 from mlc.optim.param_groups import param_groups
@@ -80,6 +81,8 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
     lengths = {"epoch_samples": sampler.epoch_samples, "global_batch": plan.global_batch}
     parts = stages.lay_out(settings, **lengths)
     clocks = [Clock(part, **lengths) for part in parts]  # all now, so that the last one's mistake shows at the start
+    for part in parts:
+        make_loss(part.config, dataset.group_columns)
     stage = stages.at(parts, progress["samples_seen"])
     clock, config = clocks[stage.number], stage.config  # from here on the settings of this stage
 
@@ -126,8 +129,10 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
     teacher = None
     if config.kd_teacher:
         teacher = Teacher(config.kd_teacher[0], classes=dataset.classes, device=device, mean=mean, std=std)
-    loss_fn = make_loss(config)
-    objective = Objective(config, loss=loss_fn, teacher=teacher, autocast=accelerator.autocast)
+    loss_fn = make_loss(config, dataset.group_columns)
+    counts = sampler.expected_frequencies() * sampler.epoch_samples
+    weights = loss_weights(config, dataset.group_columns, counts, device)
+    objective = Objective(config, loss=loss_fn, teacher=teacher, autocast=accelerator.autocast, weights=weights)
 
     # ---- Optimizer ---------------------------------------------------------------------------------------------------
     def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -163,7 +168,7 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
         plan, found = batch_size.find(
             plan,
             trial,
-            pairs=config.mixup > 0,
+            together=together(config),
             choice=choice,
             model=bare,
             averaged=averaged,
@@ -306,7 +311,8 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
     stream = TrainDataset(sampler, sources.readers, transform, config.seed, max_bad=config.max_bad_samples)
     positions = train_positions(samples_seen, stage.end, plan, rank)
     batches = Waiting(load(stream, positions, workers=config.workers, device=device), device)
-    elements = plan.global_batch * len(dataset.classes)  # the loss is a sum, divided once by the whole step's count
+    trained = trained_columns(config, dataset.group_columns, len(dataset.classes))
+    elements = plan.global_batch * len(trained)  # the loss is a sum, divided once by the whole step's count
     meter, interval_loss, interval_steps = Meter(), torch.zeros((), device=device), 0
     in_flight: launch.Arriving | None = None
     met: list[tuple[str, str]] = []  # bad samples that this rank met and the others do not know of yet
@@ -323,7 +329,7 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
             if len(batch["bad"]):
                 met += map(stream.problem, batch["bad"].tolist())
             launch.seed_everything(int(hash64(config.seed, DROPOUT, step, rank, micro)[0]) >> 1)
-            image, target, lam = prepare(batch, config, mean, std, mixing=samples_seen < clock.mixup_off)
+            image, target, mix = prepare(batch, config, mean, std, mixing=samples_seen < clock.mixup_off)
             last = micro == plan.accumulation - 1
             with divided.accumulate(last):
                 loss, logits = objective(model, image, target)
@@ -334,7 +340,7 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
             batches.prepare()
             step_loss += loss.detach()
             if sample_log:
-                sample_log.add(batch, lam)
+                sample_log.add(batch, mix)
         grad_norm = divided.step()
         step, samples_seen = step + 1, samples_seen + plan.global_batch
         if ema and (decay := clock.averaging(step, samples_seen)) is not None:

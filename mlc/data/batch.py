@@ -1,5 +1,5 @@
-"""From what the settings say to what a training step sees: the workers' transform, then erasing and mixing on the
-device, a whole batch at a time.
+"""From what the settings say to what a training step sees: the workers' transform, then cutout, erasing and mixing on
+the device, a whole batch at a time.
 """
 
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ import torch
 from mlc.config import Config
 from mlc.data.augment import build_aa
 from mlc.data.dataset import Batch
-from mlc.data.mixing import mix_lambda, mixup
-from mlc.data.transforms import TrainTransform, erase, normalize, parse_crop
+from mlc.data.mixing import Mix, draw_mix, together
+from mlc.data.transforms import TrainTransform, cut_out, erase, normalize, parse_crop
 from shards.console import UserError
 
 
@@ -36,12 +36,14 @@ def random_batch(size: int, side: int, classes: int, device: torch.device) -> Ba
 
 def prepare(
     batch: Batch, config: Config, mean: Sequence[float], std: Sequence[float], *, mixing: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Normalised, erased and mixed on the device: image float32 [B, 3, H, W], target [B, C], lambda [B] or None."""
+) -> tuple[torch.Tensor, torch.Tensor, Mix | None]:
+    """Normalised, erased and mixed on the device: image float32 [B, 3, H, W], target [B, C], how it was mixed."""
     image, target = normalize(batch["image"], mean, std), batch["target"]
+    if config.cutout:
+        image = cut_out(image, batch["position"], side=config.cutout, seed=config.seed)
     if config.reprob:
         image = erase(image, batch["position"], prob=config.reprob, mode=config.remode, seed=config.seed)
-    if not (config.mixup and mixing):
+    if not mixing or together(config) == 1:
         return image, target, None
-    lam = mix_lambda(batch["position"], alpha=config.mixup, prob=config.mixup_prob, seed=config.seed)
-    return *mixup(image, target, lam), lam
+    mix = draw_mix(batch["position"], config, *image.shape[2:])
+    return mix.image(image), mix.labels(target), mix

@@ -22,6 +22,7 @@ from shards.console import UserError
 
 ON_THE_HOST = ("position", "source", "bad")  # what only the host asks for; asking the device would wait for it
 WORKER = "DataLoader worker"  # so begin PyTorch's messages when one has ended
+_MIXING = {2: "mixing pairs samples on a device", 4: "splicemix takes four samples of a device"}
 _PDEATHSIG = 1  # <sys/prctl.h>
 
 
@@ -44,25 +45,24 @@ class BatchPlan:
         )
 
 
-def batch_sizes(global_batch: int, world_size: int, *, pairs: bool) -> list[int]:
-    """The micro-batches, ascending, that divide a global batch among so many devices; `pairs`: even ones.
+def batch_sizes(global_batch: int, world_size: int, *, together: int) -> list[int]:
+    """The micro-batches, ascending, that divide a global batch among so many devices, all multiples of `together`.
 
     Raises:
         UserError: there is none.
     """
-    step = 2 if pairs else 1
     share, rest = divmod(global_batch, world_size)
-    if rest or share % step:
-        even = " x 2 (mixing pairs samples on a device)" if pairs else ""
+    if rest or share % together:
+        mixed = f" x {together} ({_MIXING[together]})" if together > 1 else ""
         raise UserError(
             f"--global-batch-size {global_batch} is not a multiple of {world_size} process{'es' * (world_size > 1)}"
-            f"{even}; use a multiple of {world_size * step}"
+            f"{mixed}; use a multiple of {world_size * together}"
         )
-    return [size for size in range(step, share + 1, step) if share % size == 0]
+    return [size for size in range(together, share + 1, together) if share % size == 0]
 
 
-def plan_batches(global_batch: int | None, batch_size: int, world_size: int, *, pairs: bool) -> BatchPlan:
-    """The division of a global batch; `pairs` when mixing needs an even number of samples on every device.
+def plan_batches(global_batch: int | None, batch_size: int, world_size: int, *, together: int) -> BatchPlan:
+    """The division of a global batch; `together`: samples that must share a device (`mixing.together`).
 
     Raises:
         UserError: naming --batch-size or --global-batch-size and values that fit.
@@ -70,15 +70,15 @@ def plan_batches(global_batch: int | None, batch_size: int, world_size: int, *, 
     at_once = batch_size * world_size
     global_batch = global_batch or at_once
     if global_batch % at_once:
-        fits = batch_sizes(global_batch, world_size, pairs=pairs)
+        fits = batch_sizes(global_batch, world_size, together=together)
         raise UserError(
             f"--global-batch-size {global_batch} is not a multiple of --batch-size {batch_size} x {world_size} "
             f"processes = {at_once}; use --batch-size one of {', '.join(map(str, fits))}"
         )
-    if pairs and batch_size % 2:
-        raise UserError(
-            f"--batch-size {batch_size} is odd, but mixing pairs samples on a device; use {batch_size + 1} or --mixup 0"
-        )
+    if batch_size % together:
+        odd, off = ("odd", "--mixup 0 --cutmix 0") if together == 2 else ("not a multiple of 4", "--splicemix 0")
+        more = batch_size + -batch_size % together
+        raise UserError(f"--batch-size {batch_size} is {odd}, but {_MIXING[together]}; use {more} or {off}")
     return BatchPlan(global_batch, batch_size, world_size)
 
 

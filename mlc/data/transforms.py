@@ -15,7 +15,7 @@ import torch
 from mlc.data.augment import build_aa
 from mlc.data.decode import Box, decoded
 from mlc.data.decode import upright as upright
-from mlc.data.order import ERASE, Draws
+from mlc.data.order import CUTOUT, ERASE, Draws, uniform
 from shards.console import UserError
 
 CROPS = ("rrc", "squish", "center", "pad", "if-needed:K")
@@ -148,6 +148,26 @@ def normalize(image: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ..
 def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
     """Copied to the device once: each copy of a fresh tensor would wait for the device."""
     return torch.tensor(values, device=device).view(1, -1, 1, 1)
+
+
+def inside(boxes: torch.Tensor, height: int, width: int, device: torch.device) -> torch.Tensor:
+    """bool [B, 1, height, width] on the device: the pixels in boxes int64 [B, 4] top, left, bottom, right."""
+    top, left, bottom, right = boxes.to(device, non_blocking=True).view(-1, 4, 1, 1, 1).unbind(1)
+    y, x = torch.arange(height, device=device).view(-1, 1), torch.arange(width, device=device)
+    return (y >= top) & (y < bottom) & (x >= left) & (x < right)
+
+
+def cut_out(image: torch.Tensor, position: torch.Tensor, *, side: float, seed: int) -> torch.Tensor:
+    """Cutout (DeVries and Taylor 2017) in place on normalised [B, 3, H, W]: zeros, the mean colour, in a box of `side`
+    times the image's sides around a uniform centre, so that a part of it may lie outside."""
+    edges = []
+    for axis, length in enumerate(image.shape[-2:]):
+        size = int(side * length + 0.5)
+        first = (uniform(seed, CUTOUT, position.numpy(), axis) * length).astype(np.int64) - size // 2
+        edges += [first, first + size]
+    top, bottom, left, right = edges
+    boxes = torch.from_numpy(np.stack([top, left, bottom, right], 1))
+    return image.masked_fill_(inside(boxes, *image.shape[-2:], image.device), 0.0)
 
 
 def erase_box(height: int, width: int, draws: Draws) -> tuple[int, int, int, int] | None:

@@ -6,6 +6,7 @@ loss poisons the weights of every rank at once. Soft targets (mixing, smoothing,
 A loss's own settings are bound by the caller: `functools.partial(focal, gamma=1.5)`.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # logits [B, C], target [B, C] -> [B, C]
+ABSENT = -1e30  # takes a term out of a logsumexp; with -inf a sum of no terms would have NaN for a gradient
 
 
 def bce(logits: Tensor, target: Tensor) -> Tensor:
@@ -35,12 +37,82 @@ def focal(logits: Tensor, target: Tensor, gamma: float = 2.0, alpha: float = -1.
     return loss * (alpha * t + (1 - alpha) * (1 - t)) if alpha >= 0 else loss
 
 
+def asl(logits: Tensor, target: Tensor, gamma_neg: float = 4.0, gamma_pos: float = 0.0, clip: float = 0.05) -> Tensor:
+    """Asymmetric loss. `[B, C], [B, C] in 0..1 -> float32 [B, C]`.
+
+    -(1 - p_t)^gamma (t log p + (1 - t) log(1 - p_m)) with p_m = max(p - clip, 0), p_t = p t + (1 - p_m)(1 - t) and
+    gamma = gamma_pos t + gamma_neg (1 - t). Ridnik et al. 2021, "Asymmetric Loss For Multi-Label Classification"; equal
+    to timm's `AsymmetricLossMultiLabel`, whose formula is kept for soft targets and whose gradient, as here, also flows
+    through the focusing weight. Only where timm clamps a probability at 1e-8 the logarithm goes on here, so that a hard
+    mistake still has a gradient.
+    """
+    x, t = logits.float(), target.float()
+    miss, hit = torch.sigmoid(x), torch.sigmoid(-x)  # of a negative; subtracting from 1 would lose digits
+    log_negative = (hit + clip).clamp_max(1).log() if clip else F.logsigmoid(-x)
+    loss = -(t * F.logsigmoid(x) + (1 - t) * log_negative)
+    if not (gamma_neg or gamma_pos):
+        return loss
+    # The floor keeps the slope of a power below 1 finite where the answer is wholly right.
+    away = (hit * t + (miss - clip).clamp_min(0) * (1 - t)).clamp_min(1e-30)
+    return loss * away ** (gamma_pos * t + gamma_neg * (1 - t))
+
+
+def two_way(logits: Tensor, target: Tensor, temperature: float = 4.0) -> Tensor:
+    """Two-way loss: positives above negatives, within each sample and within each class.
+    `[B, C], [B, C] in 0..1 -> float32 [B, C]`.
+
+    softplus(T log sum_i t_i exp(-x_i / T) + log sum_j (1 - t_j) exp(x_j)), with the sums over the classes of a sample,
+    averaged over the samples that have a positive, plus the same with the sums over the samples of a class, averaged
+    over the classes that have one; without a negative it is 0. Kobayashi 2023, "Two-way Multi-Label Loss"; soft targets
+    weigh the terms. Both parts are spread evenly, so that the mean over [B, C] is the paper's loss.
+
+    The samples of a class are those of this call: one micro-batch of one device. So this loss alone depends on how a
+    global batch is divided.
+    """
+    x, t = logits.float(), target.float()
+    positive = (t.log() - x / temperature).masked_fill(t <= 0, ABSENT)
+    negative = ((-t).log1p() + x).masked_fill(t >= 1, ABSENT)
+    parts = []
+    for dim in (1, 0):
+        margin = temperature * positive.logsumexp(dim, keepdim=True) + negative.logsumexp(dim, keepdim=True)
+        present = (t > 0).any(dim, keepdim=True).float()
+        parts.append(F.softplus(margin) * present / present.mean().clamp_min(1e-30))
+    return parts[0] + parts[1]
+
+
+def soft_fbeta(logits: Tensor, target: Tensor, beta: float = 1.0) -> Tensor:
+    """1 - F-beta of each sample with probabilities for its predictions, the same for all of its classes.
+    `[B, C], [B, C] in 0..1 -> float32 [B, C]`.
+
+    F = (1 + beta^2) sum t p / (beta^2 sum t + sum p); 0 over 0 is 0, as in scikit-learn. It does not say how sure a
+    prediction is, so it is one for a second stage, after another loss.
+    """
+    p, t = torch.sigmoid(logits.float()), target.float()
+    most = (beta**2 * t + p).sum(1, keepdim=True).clamp_min(1e-12)
+    value = (1 + beta**2) * (t * p).sum(1, keepdim=True) / most
+    return (1 - value).expand_as(p)
+
+
 def smooth(target: Tensor, smoothing: float) -> Tensor:
     """Label smoothing for independent sigmoids: `y (1 - s) + s / 2`, so 0 and 1 move s / 2 towards the middle."""
     return target * (1 - smoothing) + smoothing / 2
 
 
+def class_weights(counts: Tensor, kind: str, beta: float = 0.999) -> Tensor:
+    """float32 [C] with mean 1, for columns of a loss; `counts` [C]: positives of each class, as 1 where there are none.
+
+    kind: `effective`, one over the effective number of samples (1 - beta^n) / (1 - beta) (Cui et al. 2019,
+    "Class-Balanced Loss Based on Effective Number of Samples"), or `inverse`, 1 / n.
+    """
+    n = counts.double().clamp_min(1)
+    weights = {"effective": lambda: -1 / torch.expm1(n * math.log(beta)), "inverse": lambda: 1 / n}[kind]()
+    return (weights / weights.mean()).float()
+
+
 LOSSES = {
     "bce": bce,
     "focal": focal,
+    "asl": asl,
+    "two-way": two_way,
+    "soft-fbeta": soft_fbeta,
 }

@@ -16,7 +16,7 @@ from shards.dataset import load_dataset
 
 @pytest.mark.parametrize("world, batch", [(1, 24), (1, 6), (2, 12), (2, 2), (3, 4), (4, 6)])
 def test_any_division_of_a_global_batch_covers_the_same_positions(world, batch):
-    plan = plan_batches(24, batch, world, pairs=True)
+    plan = plan_batches(24, batch, world, together=2)
     assert plan.accumulation * batch * world == 24
     ranks = [list(train_positions(48, 120, plan, rank)) for rank in range(world)]
     assert {len(r) for r in ranks} == {3 * plan.accumulation}
@@ -42,12 +42,12 @@ def test_every_row_is_in_one_block_and_blocks_are_the_same_at_any_world_size(n, 
     "arguments, words",
     [
         (
-            {"global_batch": 30, "batch_size": 8, "world_size": 2, "pairs": False},
+            {"global_batch": 30, "batch_size": 8, "world_size": 2, "together": 1},
             ("--global-batch-size 30", "--batch-size one of 1, 3, 5, 15"),
         ),
-        ({"global_batch": 31, "batch_size": 8, "world_size": 2, "pairs": False}, ("a multiple of 2",)),
+        ({"global_batch": 31, "batch_size": 8, "world_size": 2, "together": 1}, ("a multiple of 2",)),
         (
-            {"global_batch": None, "batch_size": 7, "world_size": 2, "pairs": True},
+            {"global_batch": None, "batch_size": 7, "world_size": 2, "together": 2},
             ("--batch-size 7 is odd", "--mixup 0"),
         ),
     ],
@@ -80,7 +80,7 @@ def test_a_batch_is_not_written_over_while_the_next_two_are_fetched(shards, work
 def test_preparing_ahead_changes_nothing(shards):
     index = open_split(load_dataset(shards), "train")
     stream = TrainDataset.of(index, TrainTransform(size=24), seed=1)
-    plan, device = plan_batches(8, 8, 1, pairs=False), torch.device("cpu")
+    plan, device = plan_batches(8, 8, 1, together=1), torch.device("cpu")
     straight, ahead = (
         Waiting(load(stream, train_positions(0, 40, plan, 0), workers=0, device=device), device) for _ in range(2)
     )

@@ -15,6 +15,7 @@ from mlc.data.order import AUGMENT, ERASE, Draws
 from mlc.data.transforms import (
     EvalTransform,
     TrainTransform,
+    cut_out,
     erase,
     erase_box,
     normalize,
@@ -119,6 +120,30 @@ def test_erasing_depends_on_the_position_alone(mode):
     assert 2 <= touched.sum() <= 14
     if mode == "const":
         assert set(whole.unique().tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("side", [0.0, 0.3, 0.5, 1.0])
+def test_cutout_blanks_a_square_around_a_uniform_centre(side):
+    count, height, width = 4000, 24, 40
+    position = torch.arange(count)
+    whole = cut_out(torch.ones(count, 3, height, width), position, side=side, seed=1)
+    halves = [cut_out(torch.ones(len(p), 3, height, width), p, side=side, seed=1) for p in position.split(1000)]
+    assert torch.equal(whole, torch.cat(halves))
+    if not side:
+        assert whole.min() == 1
+        return
+    blank = (whole == 0).all(1)
+    assert torch.equal(blank, (whole == 0).any(1)) and blank.any((1, 2)).all()
+    for axis, length in ((1, height), (2, width)):
+        size = int(side * length + 0.5)
+        where = blank.any(3 - axis).float()  # [count, length]: one run of pixels, as long as it should be or cut off
+        first, last = where.argmax(1), length - 1 - where.flip(1).argmax(1)
+        assert torch.equal(where.sum(1).long(), last - first + 1)
+        inside = (first > 0) & (last < length - 1)
+        assert (where[inside].sum(1) == size).all()
+        centres = (first + size // 2)[first > 0]  # uniform on what does not touch the near border
+        counts = np.bincount(centres, minlength=length)[size // 2 + 1 :]
+        assert len(counts) == 0 or stats.chisquare(counts).pvalue > 1e-4
 
 
 def test_normalize_is_torchvisions():

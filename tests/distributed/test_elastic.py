@@ -86,7 +86,7 @@ def uninterrupted(stream) -> list[list[Sample]]:
 
 def read(stream, first_step: int, steps: int, world: int, workers: int, accumulation: int) -> list[list[Sample]]:
     """Those global batches, read by all ranks of a world that resumes at `first_step`, each in order of position."""
-    plan = plan_batches(GLOBAL, GLOBAL // (world * accumulation), world, pairs=False)
+    plan = plan_batches(GLOBAL, GLOBAL // (world * accumulation), world, together=1)
     assert plan.accumulation == accumulation
     batches: list[list[Sample]] = [[] for _ in range(steps)]
     for rank in range(world):
@@ -128,7 +128,7 @@ def test_bad_samples_are_the_same_for_every_division(stream):
     mixed = len(stream.readers) > 1  # some bad rows are left out, others not yet drawn
     assert 1 <= len(expected) <= 2 if mixed else len(expected) == 3
     for world, workers, accumulation in ((1, 0, 1), (2, 1, 3), (4, 2, 2)):
-        plan = plan_batches(GLOBAL, GLOBAL // (world * accumulation), world, pairs=False)
+        plan = plan_batches(GLOBAL, GLOBAL // (world * accumulation), world, together=1)
         found = set()
         for rank in range(world):
             positions = train_positions(0, 2 * GLOBAL, plan, rank)

@@ -224,7 +224,7 @@ def busy():
 def test_batches_copied_ahead_are_whole_when_they_are_read(shards):
     """While the device is behind, and memory that a batch has left is given to others."""
     stream = TrainDataset.of(open_split(load_dataset(shards), "train"), TrainTransform(size=64), seed=1)
-    positions = list(train_positions(0, 240, plan_batches(8, 8, 1, pairs=False), 0))
+    positions = list(train_positions(0, 240, plan_batches(8, 8, 1, together=1), 0))
     device = torch.device(DEVICE)
     batches = Waiting(load(stream, iter(positions), workers=2, device=device), device)
     seen = []

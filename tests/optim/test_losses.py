@@ -1,14 +1,17 @@
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from sklearn.metrics import fbeta_score
+from timm.loss import AsymmetricLossMultiLabel
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchvision.ops import sigmoid_focal_loss
 
-from mlc.optim.losses import LOSSES, bce, focal, smooth
+from mlc.optim.losses import LOSSES, asl, bce, class_weights, focal, smooth, soft_fbeta, two_way
 
-EXTREME = torch.tensor([[-100.0, -30.0, 0.0, 30.0, 100.0]])
+EXTREME = torch.tensor([[-1e4, -100.0, -30.0, 0.0, 30.0, 100.0, 1e4]])
 
 
 def batch(soft: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,7 +41,105 @@ def test_focal_keeps_the_digits_of_a_confident_answer():
     assert value == pytest.approx(math.exp(-45), rel=1e-5, abs=0)
 
 
-@pytest.mark.parametrize("loss", [bce, focal, partial(focal, gamma=0.5), partial(focal, alpha=0.25)])
+def with_gradient(loss, logits, target):
+    """(value, gradient) for another upstream gradient in each element."""
+    logits = logits.clone().requires_grad_()
+    value = loss(logits, target)
+    value.backward(torch.linspace(-1, 2, value.numel(), dtype=value.dtype).view_as(value))
+    return value.detach(), logits.grad
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize(
+    "gamma_neg, gamma_pos, clip", [(4, 0, 0.05), (4, 1, 0.05), (2.5, 0.5, 0), (0, 0, 0.1), (1, 3, 0.3)]
+)
+def test_asl_and_its_gradient_are_timms(soft, gamma_neg, gamma_pos, clip):
+    logits, target = batch(soft)
+    logits = logits / 3  # where p is near 1, timm's 1 - p has lost its digits
+    timms = AsymmetricLossMultiLabel(gamma_neg, gamma_pos, clip, reduction="none")
+    expected = with_gradient(timms, logits, target)
+    seen = with_gradient(partial(asl, gamma_neg=gamma_neg, gamma_pos=gamma_pos, clip=clip), logits, target)
+    for ours, theirs in zip(seen, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_asl_with_nothing_switched_on_is_bce_where_timm_has_lost_the_gradient():
+    logits, target = torch.tensor([[-40.0, 40.0]]), torch.tensor([[1.0, 0.0]])
+    seen = with_gradient(partial(asl, gamma_neg=0, clip=0), logits, target)
+    for ours, theirs in zip(seen, with_gradient(bce, logits, target), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def two_way_by_loops(x, t, temperature) -> float:
+    """Kobayashi's formula in float64, one sample and one class after the other, with soft weights."""
+    means = []
+    for rows in (list(zip(x, t, strict=True)), list(zip(x.T, t.T, strict=True))):
+        values = []
+        for logits, weights in rows:
+            if not (weights > 0).any():
+                continue
+            positive = np.sum(weights * np.exp(-logits / temperature)) ** temperature
+            values.append(np.log1p(positive * np.sum((1 - weights) * np.exp(logits))))
+        means.append(np.mean(values))
+    return sum(means)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("soft", [False, True])
+def test_two_way_against_its_formula(soft, temperature):
+    logits, target = batch(soft)
+    target[2], target[3], target[:, 1] = 0, 1, 0  # a sample without positives, one without negatives, an unseen class
+    expected = two_way_by_loops(logits.double().numpy(), target.double().numpy(), temperature)
+    assert two_way(logits, target, temperature).mean().item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_two_way_pulls_positives_above_negatives():
+    logits, target = batch(soft=False)
+    _, gradient = with_gradient(lambda x, t: two_way(x, t).mean()[None], logits, target)
+    assert (gradient[target == 1] >= 0).all() and (gradient[target == 0] <= 0).all()  # of minus the loss
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])
+def test_soft_fbeta_of_certain_predictions_is_scikit_learns(beta):
+    generator = torch.Generator().manual_seed(2)
+    predicted, target = (torch.rand(2, 40, 6, generator=generator) > 0.6).float()
+    target[0], predicted[0], target[1], predicted[2] = 0, 0, 0, 0  # nothing there, nothing predicted, or neither
+    value = soft_fbeta(200 * predicted - 100, target, beta)
+    expected = fbeta_score(target.numpy(), predicted.numpy(), beta=beta, average="samples", zero_division=0)
+    assert value.shape == target.shape and (value == value[:, :1]).all()
+    assert value.mean().item() == pytest.approx(1 - expected, rel=1e-5)
+
+
+def test_soft_fbeta_against_a_closed_form():
+    # p = 1/2 for two of four classes that are there: F1 = 2 * 1 / (2 + 2)
+    value = soft_fbeta(torch.zeros(1, 4), torch.tensor([[1.0, 1.0, 0.0, 0.0]]))
+    torch.testing.assert_close(value, torch.full((1, 4), 0.5))
+
+
+def test_class_weights():
+    counts = torch.tensor([0.0, 1.0, 10.0, 1000.0])
+    inverse = class_weights(counts, "inverse")
+    torch.testing.assert_close(inverse / inverse[3], torch.tensor([1000.0, 1000.0, 100.0, 1.0]))
+    n, beta = np.array([1, 1, 10, 1000]), 0.99
+    effective = (1 - beta) / (1 - beta**n)
+    seen = class_weights(counts, "effective", beta)
+    np.testing.assert_allclose(seen, effective / effective.mean(), rtol=1e-5)
+    for weights in (inverse, seen, class_weights(counts, "effective", 0.999999)):
+        assert weights.mean().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        *LOSSES.values(),
+        partial(focal, gamma=0.5),
+        partial(focal, alpha=0.25),
+        partial(asl, clip=0),
+        partial(asl, gamma_neg=0.5, gamma_pos=0.3, clip=0),
+        partial(asl, gamma_neg=0.01, gamma_pos=1.5, clip=0.5),
+        partial(two_way, temperature=0.5),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("target", [0.0, 0.3, 1.0])
 def test_finite_at_extreme_logits_with_finite_gradients(loss, dtype, target):

@@ -158,9 +158,14 @@ def prune(options: Namespace) -> None:
 
 
 def export(options: Namespace) -> None:
-    """The format of a run's `best/` and `last/`, which plain timm loads."""
     folder, out = at_path(options.checkpoint)[0], Path(options.out)
-    meta, part = storage.read_meta(folder), "ema" if options.ema else "model"
+    export_weights(folder, out, ema=options.ema)
+    say(f"{'averaged weights' if options.ema else 'weights'} of {folder} in {out}")
+
+
+def export_weights(folder: Place, out: Path, *, ema: bool) -> None:
+    """Weights of a checkpoint in the format of a run's `best/` and `last/`, which plain timm loads."""
+    meta, part = storage.read_meta(folder), "ema" if ema else "model"
     described = {name: t for name, t in checkpoint.tensors(folder).items() if name.startswith(f"{part}.")}
     if not described:
         raise UserError(f"{folder} has no averaged weights (it was trained with --no-model-ema); leave --ema out")
@@ -174,7 +179,6 @@ def export(options: Namespace) -> None:
     threshold = best.get("threshold", meta["config"]["threshold"])
     value = best.get("f1_samples@tuned", float("nan"))
     thresholds.save(out / "thresholds.json", metric="f1_samples", threshold=threshold, value=value)
-    say(f"{'averaged weights' if options.ema else 'weights'} of {folder} in {out}")
 
 
 def _folded_head(folder: Place, part: str, described: dict[str, Any], classifier: Any) -> dict[str, torch.Tensor]:

@@ -15,7 +15,9 @@ VERBS = {
     "eval": ("mlc.evaluate", "score a run on a split that has labels"),
     "predict": ("mlc.predict", "predict a split or a folder of images, with test-time augmentation"),
     "ckpt": ("mlc.ckpt", "list, check, export or delete the checkpoints of a run"),
+    "soup": ("mlc.soup", "average the weights of several runs or checkpoints"),
     "plan": ("mlc.plan", "estimate memory, time and checkpoints of a run on any number of GPUs"),
+    "sweep": ("mlc.sweep", "train variants x seeds; table and plot of what each gives"),
     "slurm": ("mlc.slurm", "submit a training, a prediction or all folds to Slurm"),
     "recipes": ("mlc.recipes", "list the recipes for `-c`"),
 }

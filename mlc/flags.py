@@ -28,11 +28,16 @@ def read_config(argv: list[str] | None = None, prog: str = "train.py") -> Config
     Raises:
         UserError: an unknown key, a wrong type or an impossible combination, naming the field.
     """
-    given = vars(_parser(prog).parse_args(argv))
+    given = read_flags(argv, prog)
     settings: dict[str, Any] = {}
     for source in given.pop("config", []):
         settings |= read_yaml(source)
     return Config(**(settings | given))
+
+
+def read_flags(argv: list[str] | None, prog: str) -> dict[str, Any]:
+    """What a command line gives: settings by their fields' names, and `config`, the list of its -c."""
+    return vars(_parser(prog).parse_args(argv))
 
 
 def read_yaml(source: str | Path) -> dict[str, Any]:
@@ -51,16 +56,25 @@ def read_yaml(source: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, dict):
         raise UserError(f"{path}: expected `name: value` lines, found a {type(loaded).__name__}")
+    return checked(loaded, str(path))
+
+
+def checked(loaded: dict[Any, Any], where: str) -> dict[str, Any]:
+    """Settings as YAML gives them -> by their fields' names, as their fields' types.
+
+    Raises:
+        UserError: an unknown key or a wrong type, after `where`, naming the key.
+    """
     types_of = typing.get_type_hints(Config)
     settings = {}
     for key, value in loaded.items():
         name = str(key).replace("-", "_")
         if name not in types_of:
-            raise UserError(f"{path}: unknown setting {key!r}{did_you_mean(name, list(types_of))}")
+            raise UserError(f"{where}: unknown setting {key!r}{did_you_mean(name, list(types_of))}")
         try:
             settings[name] = convert(value, types_of[name])
         except ValueError as error:
-            raise UserError(f"{path}: {key}: {error}") from error
+            raise UserError(f"{where}: {key}: {error}") from error
     return settings
 
 

@@ -18,6 +18,7 @@ from shards.console import Parser, UserError, did_you_mean, say
 FOLDER = Path(__file__).parent / "sbatch"  # slurm/ of the repository, as package data
 LAUNCH = Path(__file__).parent / "launch"
 JOBS = ("train", "predict", "kfold")
+NO_SBATCH = "no sbatch on this machine; call this on a login node, or --dry-run prints the job's file"
 INCLUDE = "source slurm/train.sbatch"
 # Our flag -> sbatch's option; the others of ours are no options of sbatch.
 OPTIONS = {
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         print(script, end="")
         return 0
     if not shutil.which("sbatch"):
-        raise UserError("no sbatch on this machine; call this on a login node, or --dry-run prints the job's file")
+        raise UserError(NO_SBATCH)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{options.job}.sbatch"
     file.write_text(script)
@@ -83,14 +84,40 @@ def _read(job: str) -> tuple[list[str], list[str]]:
     return lines[:end], lines[end:]
 
 
-def submit(file: Path) -> None:
-    """Raises UserError with sbatch's own words when it refuses."""
+def submit_array(
+    job: str, flags: str, *, folder: Path, arguments: Sequence[str], after: str | None, at_once: int | None
+) -> str:
+    """Submits a task for each argument, by `mlc slurm`'s flags (`--gpus 1 --dry-run`); returns the job's number.
+
+    after: number of a job whose tasks must have ended before; at_once: how many tasks may run together.
+    """
+    options = _parser().parse_args(["train", *shlex.split(flags)])
+    if not (options.dry_run or shutil.which("sbatch")):
+        raise UserError(NO_SBATCH)
+    options.job = job
+    header = _header(options, folder, folder.name) | {
+        "array": f"0-{len(arguments) - 1}" + (f"%{at_once}" if at_once else "")
+    }
+    header |= {"dependency": f"afterany:{after}"} if after else {}
+    script = render(job, header, _environment(options), arguments)
+    if options.dry_run:
+        print(script, end="")
+        return "JOB"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / (f"{job}-after-{after}.sbatch" if after else f"{job}.sbatch")
+    file.write_text(script)
+    return submit(file)
+
+
+def submit(file: Path) -> str:
+    """The job's number. Raises UserError with sbatch's own words when it refuses."""
     done = subprocess.run(["sbatch", str(file)], capture_output=True, text=True)
     if done.returncode:
         reason = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
         raise UserError(f"sbatch refused {file}: {reason.removeprefix('sbatch: error: ')}")
     print(done.stdout.strip())
     say(f"{file} is the job; `sbatch {file}` submits it again, and it goes on where it was")
+    return done.stdout.split()[-1] if done.stdout.split() else ""
 
 
 def run_folder(arguments: list[str]) -> Path:
@@ -118,7 +145,7 @@ def _place(job: str, arguments: list[str]) -> tuple[Path, str]:
 
 def _header(options, folder: Path, name: str) -> dict[str, str | None]:
     """Options of sbatch, without their dashes, {name: value}."""
-    number = "%A_%a" if options.job == "kfold" else "%j"
+    number = "%A_%a" if options.job in ("kfold", "sweep") else "%j"
     header: dict[str, str | None] = {"job-name": name, "chdir": str(Path.cwd())}
     header["output"] = f"{str(folder).replace('%', '%%')}/slurm-{number}.out"
     header |= {theirs: value for ours, theirs in OPTIONS.items() if (value := getattr(options, ours))}
@@ -150,11 +177,11 @@ def _warning(limit: str) -> dict[str, str]:
 
 
 def _environment(options) -> dict[str, str]:
-    environment = {"MLC_ACCELERATE_CONFIG": str(_launch_file(options.launch))}
+    environment = {"MLC_ACCELERATE_CONFIG": str(launch_file(options.launch))}
     return environment | ({"MLC_LOCAL": options.local} if options.local else {})
 
 
-def _launch_file(name: str) -> Path:
+def launch_file(name: str) -> Path:
     """An accelerate configuration by its path or its name in mlc/launch/."""
     names = sorted(path.stem for path in LAUNCH.glob("*.yaml"))
     for path in (Path(name), LAUNCH / f"{name}.yaml"):

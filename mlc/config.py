@@ -330,7 +330,8 @@ def _impossible(c: Config) -> Iterator[str]:
     for name in ("epochs", "lr", "kd_temp", "opt_eps", "crop_pct", "cache_gb", "collective_timeout"):
         if not getattr(c, name) > 0:
             yield f"{flag(name)} must be above 0, not {getattr(c, name)}"
-    for name in ("workers", "max_bad_samples", "mixup", "weight_decay", "warmup_lr", "min_lr", "wandb_samples"):
+    at_least_0 = ("workers", "max_bad_samples", "mixup", "weight_decay", "warmup_lr", "min_lr", "wandb_samples")
+    for name in (*at_least_0, "kd_feature"):
         if getattr(c, name) < 0:
             yield f"{flag(name)} must not be negative, not {getattr(c, name)}"
     for names, allowed, text in _RANGES:
@@ -354,6 +355,12 @@ def _impossible(c: Config) -> Iterator[str]:
         yield "--resume-weights-only needs --resume PATH, the checkpoint or run whose weights to start from"
     if c.kd_alpha and not c.kd_teacher and c.kd_alpha != Config.kd_alpha:
         yield f"--kd-alpha {c.kd_alpha} needs --kd-teacher"
+    if c.kd_rule == "max" and not c.kd_teacher:
+        yield "--kd-rule max needs --kd-teacher"
+    if "ema" in c.kd_teacher and not c.model_ema:
+        yield "--kd-teacher ema needs the averaged weights; take out --no-model-ema"
+    if c.kd_feature and (len(c.kd_teacher) != 1 or c.kd_teacher[0].lower().endswith((".csv", ".arrow"))):
+        yield "--kd-feature needs one --kd-teacher that is a model: a file has no features, several have no common ones"
 
 
 def flag(name: str) -> str:

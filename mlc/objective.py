@@ -14,8 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from mlc.config import Config
+from mlc.data.dataset import Batch
+from mlc.data.mixing import Mix
+from mlc.models.features import FeaturePair
 from mlc.models.teacher import Teacher
-from mlc.optim.distill import combine, distill_loss
+from mlc.optim.distill import combine, distill_loss, feature_loss, larger, soften, soften_probabilities
 from mlc.optim.losses import LOSSES, Loss, class_weights, smooth
 from shards.console import UserError, did_you_mean
 
@@ -106,9 +109,10 @@ def _refuse_unknown(option: str, names: Iterable[str], known: Iterable[str], kin
 
 
 class Objective:
-    """(model, image, target, batch) -> (the loss summed over a micro-batch and its classes, logits [B, C]).
+    """(model, image, target, batch, mix) -> (the loss summed over a micro-batch and its classes, logits [B, C]).
 
-    The caller divides the sum once, by the samples of the global batch times the trained classes.
+    The caller divides the sum once, by the samples of the global batch times the trained classes. A loss that is one
+    number per sample (of features) counts once for each of them, so that it adds its mean over samples to the quotient.
     """
 
     def __init__(
@@ -116,22 +120,45 @@ class Objective:
         config: Config,
         *,
         loss: Loss,
-        teacher: Teacher | None,
+        teachers: Sequence[Teacher] = (),
+        student: nn.Module | None = None,
         autocast: Callable[[], AbstractContextManager],
         weights: Tensor | None = None,
     ):
-        """`weights` float32 [C]: what each column of the loss counts, see `loss_weights`."""
+        """student: the bare model, before it is compiled or divided; for `--kd-feature` alone.
+        weights: float32 [C], what each column of the loss counts, see `loss_weights`.
+        """
         self._weights = weights
-        self._config, self._loss, self._teacher, self._autocast = config, loss, teacher, autocast
+        self._config, self._loss, self._teachers, self._autocast = config, loss, teachers, autocast
+        self._features = FeaturePair(student, teachers[0].model, config.seed) if config.kd_feature else None
 
-    def __call__(self, model: nn.Module, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, model: nn.Module, image: Tensor, target: Tensor, batch: Batch, mix: Mix | None
+    ) -> tuple[Tensor, Tensor]:
+        """`batch`: its `soft` labels are mixed here as the targets were, by `mix`."""
         config = self._config
         with self._autocast():
             logits = model(image)
-            teacher_logits = self._teacher(image) if self._teacher else None
-        loss = self._loss(logits, smooth(target, config.smoothing))
-        if self._teacher:
-            loss = combine(loss, distill_loss(logits, teacher_logits, config.kd_temp), config.kd_alpha)
+            taught = [teacher(image) for teacher in self._teachers]
+        hard = smooth(target, config.smoothing)
+        if not config.kd_teacher:
+            loss = self._loss(logits, hard)
+        elif config.kd_rule == "max":
+            loss = self._loss(logits, larger(hard, _soft(taught, batch, mix, 1.0)))
+        else:
+            soft = _soft(taught, batch, mix, config.kd_temp)
+            loss = combine(self._loss(logits, hard), distill_loss(logits, soft, config.kd_temp), config.kd_alpha)
+        if self._features:
+            loss = loss + config.kd_feature * feature_loss(*self._features.take())[:, None]
         if self._weights is not None:
             loss = loss * self._weights
         return loss.sum(), logits
+
+
+def _soft(taught: Sequence[Tensor], batch: Batch, mix: Mix | None, temperature: float) -> Tensor:
+    """The mean of all teachers' probabilities at the temperature, [B, C]."""
+    seen = [soften(logits, temperature) for logits in taught]
+    if "soft" in batch:  # said about single images, so to be mixed as their labels are
+        files = soften_probabilities(batch["soft"], temperature)
+        seen += [mix.labels(labels) if mix else labels for labels in files.unbind(1)]
+    return torch.stack(seen).mean(0)

@@ -25,6 +25,7 @@ from mlc.data.dataset import BadSamples, TrainDataset
 from mlc.data.loader import Waiting, load, readers, train_positions
 from mlc.data.mixing import together
 from mlc.data.order import DROPOUT, hash64
+from mlc.data.soft_labels import is_prediction_file
 from mlc.data.sources import open_sources, open_validation
 from mlc.flags import read_config
 from mlc.metrics import thresholds
@@ -32,7 +33,7 @@ from mlc.models.build import build_model, fast_memory_format
 from mlc.models.export import export, timm_config
 from mlc.models.freeze import freeze, train_mode
 from mlc.models.heads import classifier_prefixes, init_head_bias
-from mlc.models.teacher import Teacher
+from mlc.models.teacher import open_teachers
 from mlc.objective import Objective, loss_weights, make_loss, trained_columns
 from mlc.optim import optimizers
 from mlc.optim.ema import Ema
@@ -85,6 +86,8 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
         make_loss(part.config, dataset.group_columns)
     stage = stages.at(parts, progress["samples_seen"])
     clock, config = clocks[stage.number], stage.config  # from here on the settings of this stage
+    if config.kd_teacher != settings.kd_teacher:
+        sources = open_sources(config)  # with its soft labels
 
     # ---- Resume ------------------------------------------------------------------------------------------------------
     # 1. weights  2. optimizer state  3. EMA  4. step, samples_seen and the best value; all else is a function of 4.
@@ -126,13 +129,18 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
     bare = model.to(device)  # what is averaged, evaluated and saved; the strategy may wrap it for training
     ema = Ema(bare) if config.model_ema else None
     averaged = ema.module if ema else None
-    teacher = None
-    if config.kd_teacher:
-        teacher = Teacher(config.kd_teacher[0], classes=dataset.classes, device=device, mean=mean, std=std)
+    models = [name for name in config.kd_teacher if not is_prediction_file(name)]
+    teachers = open_teachers(models, averaged=averaged, classes=dataset.classes, device=device, mean=mean, std=std)
     loss_fn = make_loss(config, dataset.group_columns)
     counts = sampler.expected_frequencies() * sampler.epoch_samples
-    weights = loss_weights(config, dataset.group_columns, counts, device)
-    objective = Objective(config, loss=loss_fn, teacher=teacher, autocast=accelerator.autocast, weights=weights)
+    objective = Objective(
+        config,
+        loss=loss_fn,
+        teachers=teachers,
+        student=bare,
+        autocast=accelerator.autocast,
+        weights=loss_weights(config, dataset.group_columns, counts, device),
+    )
 
     # ---- Optimizer ---------------------------------------------------------------------------------------------------
     def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -156,14 +164,16 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
 
     if config.compile:
         compiler.need_compiler(device)
-        compiler.compile_blocks(bare, config.compile_mode)
+        for module in (bare, *(teacher.model for teacher in teachers)):
+            compiler.compile_blocks(module, config.compile_mode)
     recompute(bare, config.grad_checkpointing)
     if config.batch_size == "auto":
 
         def trial(size: int) -> None:
-            batch = random_batch(size, config.img_size, len(dataset.classes), device)
-            image, target, _ = prepare(batch, config, mean, std, mixing=True)
-            objective(bare, image, target)[0].backward()
+            files = len(sources.soft) if sources.soft else 0
+            batch = random_batch(size, config.img_size, len(dataset.classes), device, soft=files)
+            image, target, mix = prepare(batch, config, mean, std, mixing=True)
+            objective(bare, image, target, batch, mix)[0].backward()
 
         plan, found = batch_size.find(
             plan,
@@ -175,9 +185,8 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
             device=device,
             before=resume.micro_batch(start, world, stage.number),
         )
-        settings.batch_size = config.batch_size = (
-            plan.batch_size
-        )  # from here on the run is the one with this number given by hand
+        # From here on the run is the one with this number given by hand.
+        settings.batch_size = config.batch_size = plan.batch_size
         start.notices.append(found)
     if config.dry_run and validation:
         validation = validation[0], validation[1][: 2 * config.batch_size]
@@ -308,7 +317,9 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
                 "--log-samples FILE names the images of each step"
             )
 
-    stream = TrainDataset(sampler, sources.readers, transform, config.seed, max_bad=config.max_bad_samples)
+    stream = TrainDataset(
+        sampler, sources.readers, transform, config.seed, max_bad=config.max_bad_samples, soft=sources.soft
+    )
     positions = train_positions(samples_seen, stage.end, plan, rank)
     batches = Waiting(load(stream, positions, workers=config.workers, device=device), device)
     trained = trained_columns(config, dataset.group_columns, len(dataset.classes))
@@ -332,7 +343,7 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
             image, target, mix = prepare(batch, config, mean, std, mixing=samples_seen < clock.mixup_off)
             last = micro == plan.accumulation - 1
             with divided.accumulate(last):
-                loss, logits = objective(model, image, target)
+                loss, logits = objective(model, image, target, batch, mix)
                 loss = loss / elements
                 if config.dry_run and step == micro == 0:
                     log.say(rehearsal.shapes(pixels=batch["image"], image=image, target=target, logits=logits))

@@ -13,6 +13,7 @@ from torch import nn
 from mlc import batch_size, train
 from mlc.batch_size import _later, _taken, search
 from mlc.config import Config
+from mlc.models.teacher import Teacher
 from mlc.parallel import compiler, memory, strategy
 from shards.console import UserError
 from shards.console import run as run_verb
@@ -234,13 +235,13 @@ def test_the_run_is_the_one_made_by_hand(shards, tmp_path, capsys, monkeypatch, 
 def test_a_teacher_and_recomputed_blocks_are_part_of_the_trial(shards, tmp_path, capsys, monkeypatch):
     assert train.main(argv(shards, tmp_path / "teacher", "-b", "8", "--max-steps", "1")) == 0
     more = ["--kd-teacher", str(tmp_path / "teacher" / "run"), "--grad-checkpointing", "all", "--dry-run", "-b", "auto"]
-    sizes, passed = [], train.Teacher.__call__
+    sizes, passed = [], Teacher.__call__
 
     def called(self, image):
         sizes.append(len(image))
         return passed(self, image)
 
-    monkeypatch.setattr(train.Teacher, "__call__", called)
+    monkeypatch.setattr(Teacher, "__call__", called)
     assert train.main(argv(shards, tmp_path, *more)) == 0
     said = capsys.readouterr().err
     assert "batch size auto: 16 per device (all of its share), accumulation 1" in said

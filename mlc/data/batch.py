@@ -25,9 +25,10 @@ def train_transform(config: Config, mean: Sequence[float]) -> TrainTransform:
     return TrainTransform(size=config.img_size, mean=tuple(mean), **{name: getattr(config, name) for name in names})
 
 
-def random_batch(size: int, side: int, classes: int, device: torch.device) -> Batch:
-    """What `prepare` needs of a batch."""
-    return {
+def random_batch(size: int, side: int, classes: int, device: torch.device, *, soft: int = 0) -> Batch:
+    """What `prepare` and the objective need of a batch, with the soft labels of so many files."""
+    more = {"soft": torch.rand(size, soft, classes, device=device)} if soft else {}
+    return more | {
         "image": torch.randint(256, (size, 3, side, side), dtype=torch.uint8, device=device),
         "target": torch.rand(size, classes, device=device),
         "position": torch.arange(size),

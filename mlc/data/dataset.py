@@ -15,6 +15,7 @@ from torch.utils.data import get_worker_info
 from mlc.data.order import AUGMENT, Draws
 from mlc.data.reader import FolderReader, TarReader
 from mlc.data.sampler import Sampler, plain
+from mlc.data.soft_labels import SoftLabels
 from mlc.data.transforms import EvalTransform, TrainTransform
 from shards.console import UserError, listed
 from shards.dataset import Index
@@ -41,10 +42,11 @@ class TrainDataset:
         seed: int,
         *,
         max_bad: int = 10,
+        soft: SoftLabels | None = None,
     ):
-        """`readers`: one for each data set of the sampler."""
+        """`readers`: one for each data set of the sampler; `soft`: adds its labels to the batch."""
         self.sampler, self.readers, self.transform, self.seed = sampler, list(readers), transform, seed
-        self.max_bad = max_bad
+        self.max_bad, self.soft = max_bad, soft
         self._buffers = Buffers()
 
     @classmethod
@@ -68,6 +70,7 @@ class TrainDataset:
         for number, reader in enumerate(self.readers):
             own = source == number
             target[own] = reader.index.targets(rows[own])
+        more = {"soft": torch.from_numpy(self.soft(source, rows))} if self.soft else {}
         return _batch(
             image,
             rows,
@@ -75,6 +78,7 @@ class TrainDataset:
             position=torch.from_numpy(position),
             target=torch.from_numpy(target),
             bad=torch.tensor(bad, dtype=torch.int64),
+            **more,
         )
 
     def problem(self, position: int) -> tuple[str, str]:

@@ -133,6 +133,11 @@ class Rows:
         count = len(index) if self._rows is None else len(self._rows)
         self.shuffle = Shuffle(count, seed, block)
 
+    @property
+    def rows(self) -> np.ndarray | None:
+        """int64, ascending, with their repeats: the rows that take part; None for all."""
+        return self._rows
+
     def __len__(self) -> int:
         """Samples in an epoch: the rows with their repeats."""
         return self.shuffle.n

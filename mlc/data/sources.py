@@ -15,6 +15,7 @@ from mlc.data.filters import named, read_names, select_rows
 from mlc.data.reader import TarReader, check_shards
 from mlc.data.remote import open_reader
 from mlc.data.sampler import Rows, Sampler, parse_data, parse_oversample, parse_shuffle, source_seed
+from mlc.data.soft_labels import SoftLabels, is_prediction_file
 from shards.console import UserError
 from shards.dataset import Dataset, Index, load_dataset, open_index
 
@@ -30,6 +31,7 @@ class Sources:
     readers: Sequence[TarReader]
     fingerprint: str
     natural: np.ndarray  # float64 [C]: share of the rows that have each class
+    soft: SoftLabels | None = None  # of the prediction files among --kd-teacher
 
     def identity(self) -> dict[str, str]:
         """What must be the same for the stream of samples to go on: the data, and which of it comes how often."""
@@ -73,6 +75,7 @@ def open_sources(config: Config) -> Sources:
     ]
     sampler = Sampler(parts, [share for _, share in parsed], config.seed)
     counts = sum(_class_counts(index, own) for index, own in zip(splits, rows, strict=True))
+    files = [name for name in config.kd_teacher if is_prediction_file(name)]
     total = sum(len(index) if own is None else len(own) for index, own in zip(splits, rows, strict=True))
     return Sources(
         dataset=first,
@@ -80,6 +83,7 @@ def open_sources(config: Config) -> Sources:
         readers=[_reader(config, index) for index in splits],
         fingerprint="+".join(dataset.fingerprint for dataset in datasets),
         natural=counts / total,
+        soft=SoftLabels(files, parts, first.classes) if files else None,
     )
 
 

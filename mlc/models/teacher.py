@@ -1,47 +1,70 @@
-"""The teacher of a distillation: a trained model that sees the student's own images, mixed and erased as they are."""
+"""The teachers of a distillation: trained models, or the run's own average, that see the student's own images, mixed
+and erased as they are.
+
+A trained teacher stays whole on every process, whatever divides the student: it has no gradients and no optimizer
+state. The run's own average is a module of the run and divided like the student.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from mlc.models.export import load_exported
 from shards.console import UserError
 
+EMA = "ema"  # the name of the run's own average among the teachers
+
 
 class Teacher:
-    """image float [B, 3, H, W] normalised for the student -> the teacher's logits [B, C], without a gradient.
+    """image float [B, 3, H, W] normalised for the student -> the teacher's logits [B, C], without a gradient."""
 
-    The teacher may have been trained at another size and with another normalisation; its classes must be the student's.
-    """
+    def __init__(self, model: nn.Module):
+        """`model`: in eval mode, built for the student's images."""
+        self.model = model
+        self._size: int | None = None
+        self._scale = self._shift = None
 
-    def __init__(
-        self,
+    @classmethod
+    def load(
+        cls,
         folder: str | Path,
         *,
         classes: Sequence[str],
         device: torch.device,
         mean: Sequence[float],
         std: Sequence[float],
-    ):
+    ) -> "Teacher":
+        """Of a run or an exported model. It may have been trained at another size and with another normalisation; its
+        classes must be the student's."""
         folder = Path(folder)
         model, info = load_exported(folder / "best" if (folder / "best").is_dir() else folder)
         if info["label_names"] != list(classes):
             raise UserError(
                 f"--kd-teacher {folder} knows other classes than the data set; train it on the same classes"
             )
-        self._model = model.to(device).requires_grad_(False)
-        own = info["pretrained_cfg"]
-        self._size = own["input_size"][-1]
+        teacher, own = cls(model.to(device).requires_grad_(False)), info["pretrained_cfg"]
+        teacher._size = own["input_size"][-1]
         own_mean, own_std, mean, std = (
             torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (own["mean"], own["std"], mean, std)
         )
-        self._scale, self._shift = std / own_std, (mean - own_mean) / own_std
+        teacher._scale, teacher._shift = std / own_std, (mean - own_mean) / own_std
+        return teacher
 
     @torch.no_grad()
-    def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        image = image * self._scale + self._shift
-        if image.shape[-1] != self._size:
+    def __call__(self, image: Tensor) -> Tensor:
+        if self._scale is not None:
+            image = image * self._scale + self._shift
+        if self._size and image.shape[-1] != self._size:
             image = F.interpolate(image, size=self._size, mode="bicubic", align_corners=False)
-        return self._model(image)
+        return self.model(image)
+
+
+def open_teachers(names: Sequence[str], *, averaged: nn.Module | None, **student) -> list[Teacher]:
+    """Those of `--kd-teacher` that look at images: folders, and `ema`, the module `averaged`.
+
+    student: `classes`, `device`, `mean` and `std`, as `Teacher.load` takes them.
+    """
+    return [Teacher(averaged) if name == EMA else Teacher.load(name, **student) for name in names]

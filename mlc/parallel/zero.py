@@ -33,10 +33,12 @@ class Zero:
                 f"--amp-dtype fp16 does not go with {choice.name}, where DeepSpeed clips the scaled gradient; use bf16"
             )
         deepspeed = _deepspeed(accelerator.device)
-        for block in filter(has_own_forward, model.modules()):
-            # Stage 3 gathers it whole, from outside; by default each layer inside does, which torch.compile cannot see.
-            deepspeed.utils.set_z3_leaf_module(block, True)
-            block.register_forward_pre_hook(_with_gradient)
+        for module in (model, averaged):  # an average that teaches may be compiled as well
+            for block in filter(has_own_forward, module.modules() if module is not None else ()):
+                # Stage 3 gathers it whole, from outside; by default each layer inside does, which torch.compile cannot
+                # see.
+                deepspeed.utils.set_z3_leaf_module(block, True)
+                block.register_forward_pre_hook(_with_gradient)
         config = _config(
             choice,
             bf16=accelerator.mixed_precision == "bf16",

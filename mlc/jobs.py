@@ -61,7 +61,7 @@ def work(
 
     Ctrl-C (or SIGTERM) lets the running ones save and ends; returns {folder: why} of what is not finished.
     """
-    done = {job.folder for job in jobs if finished(job.folder)}
+    done = {folder for job in jobs for folder in (job.folder, *job.needs) if finished(folder)}
     waiting = [job for job in jobs if job.folder not in done]
     unfinished: dict[Path, str] = {}
     running: dict[int, _Process] = {}

@@ -115,9 +115,10 @@ def test_each_process_has_its_share_of_the_machine(tmp_path, monkeypatch):
 
 def test_a_run_waits_for_the_one_it_needs(tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, "command", lambda folder, launch_file: child(folder, "run"))
-    teacher, student = folders(tmp_path, 2)
-    given = [jobs.Job(student, (teacher,)), jobs.Job(teacher)]
-    assert jobs.work(given, at_once=2, launch_file=None, gpus=[], say=lambda text: None) == {}
+    teacher, student, alone = folders(tmp_path, 3)
+    kept = {"at_once": 2, "launch_file": None, "gpus": [], "say": lambda text: None}
+    assert jobs.work([jobs.Job(student, (teacher,)), jobs.Job(teacher)], **kept) == {}
+    assert jobs.work([jobs.Job(alone, (teacher,))], **kept) == {}  # as `--task K` does
     begun = [float((folder / "begun").read_text()) for folder in (teacher, student)]
     assert begun[1] > begun[0] + jobs.seconds(teacher) - 0.2
 

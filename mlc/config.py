@@ -51,7 +51,7 @@ class Config:
     its place in training taken by a neighbour"""
     log_samples: str = ""
     """write one JSON line per step to this file: the keys of the global batch in order, a checksum of each augmented
-    image, its mixing partner and lambda"""
+    image, how and with which others it is mixed, and lambda, its own share"""
 
     # ---- Model ----
     model: str = "swinv2_large_window12to16_192to256.ms_in22k_ft_in1k"

@@ -75,8 +75,10 @@ def trained_columns(config: Config, groups: Groups, classes: int) -> list[int]:
     """The columns that `--groups` leaves in the loss, ascending: by their number the caller divides."""
     if not config.groups:
         return list(range(classes))
-    _refuse_unknown("--groups", config.groups, groups, "group")
-    return sorted({column for group in config.groups for column in groups[group]})
+    columns = sorted({column for group in config.groups for column in groups[group]})
+    if not columns:
+        raise UserError(f"--groups {' '.join(config.groups)}: there are no classes in it, so nothing to train")
+    return columns
 
 
 def loss_weights(config: Config, groups: Groups, counts: np.ndarray, device: torch.device) -> Tensor | None:
@@ -88,6 +90,7 @@ def loss_weights(config: Config, groups: Groups, counts: np.ndarray, device: tor
         UserError: a group that does not exist.
     """
     _refuse_unknown("--group-weight", config.group_weight, groups, "group")
+    _refuse_unknown("--groups", config.groups, groups, "group")
     if config.weighted_loss == "none" and not config.groups and not config.group_weight:
         return None
     trained = trained_columns(config, groups, len(counts))

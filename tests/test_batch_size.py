@@ -37,16 +37,18 @@ def device(fixed: float, each: float, *, bend: float = 0.0, raises_at: float = 1
     return share, asked
 
 
+@pytest.mark.parametrize("steps", [(1, 2), (4,)])
 @pytest.mark.parametrize("confirm", [True, False])
-def test_the_search_finds_the_largest_that_fits(confirm):
+def test_the_search_finds_the_largest_that_fits(confirm, steps):
     """Against trying all sizes, on devices whose use is a line."""
     draw = random.Random(0)
     for _ in range(300):
-        step = draw.choice([1, 2])
+        step = draw.choice(steps)
         total = step * draw.randint(1, 96)
         sizes = [size for size in range(step, total + 1, step) if total % size == 0]
-        share, _ = device(draw.uniform(0, 1.05), 10 ** draw.uniform(-4, 0))
+        share, asked = device(draw.uniform(0, 1.05), 10 ** draw.uniform(-4, 0))
         found, shares = search(sizes, share, confirm=confirm)
+        assert steps != (4,) or all(size % 4 == 0 for size in asked)
         assert found == max((size for size in sizes if share(size) <= 1), default=0)
         assert not found or shares[found] == pytest.approx(share(found))
 
@@ -62,7 +64,10 @@ def test_what_is_confirmed_fits_though_use_is_no_line():
     assert trials < 300 * 4 and ran_out < 30  # memory hardly ever runs out on the way
 
 
-@pytest.mark.parametrize("sizes, asked", [([1], [1]), ([1, 2], [2]), ([1, 3], [2, 3]), ([2, 4, 8], [2, 4, 8])])
+@pytest.mark.parametrize(
+    "sizes, asked",
+    [([1], [1]), ([1, 2], [2]), ([1, 3], [2, 3]), ([2, 4, 8], [2, 4, 8]), ([4], [4]), ([4, 12, 36], [4, 8, 36])],
+)
 def test_no_more_is_tried_than_a_step_has(sizes, asked):
     share, tried = device(0.1, 0.01)
     assert search(sizes, share, confirm=True)[0] == sizes[-1] and tried == asked

@@ -58,6 +58,15 @@ def test_dashes_and_underscores_short_names_and_forms():
     )
 
 
+@pytest.mark.parametrize(
+    "value, expected", [("True", "effective"), ("false", "none"), ("inverse", "inverse"), ("none", "none")]
+)
+def test_weighted_loss_once_was_a_switch(tmp_path, value, expected):
+    (tmp_path / "a.yaml").write_text(f"weighted_loss: {value}\n")
+    assert read_config(["-c", str(tmp_path / "a.yaml")]).weighted_loss == expected
+    assert read_config(["--weighted_loss", value]).weighted_loss == expected
+
+
 def test_a_written_configuration_reads_back_equal(tmp_path):
     config = read_config(["-c", "demo", "--data", "somewhere", "--max-steps", "7"])
     write_yaml(config, tmp_path / "args.yaml")
@@ -94,6 +103,11 @@ def test_mistakes_in_a_file_name_the_file_and_the_field(tmp_path, line, words):
         (["--lr", "fast"], ("--lr", "expected a number")),
         (["--lr", "0"], ("--lr must be above 0",)),
         (["--hflip", "1.5"], ("--hflip must be in [0, 1]",)),
+        (["--cutout", "1.5"], ("--cutout must be in [0, 1], not 1.5",)),
+        (["--asl-clip", "1"], ("--asl-clip must be in [0, 1), not 1",)),
+        (["--weighted-beta", "1"], ("--weighted-beta must be in (0, 1)",)),
+        (["--group-weight", "tag=-1"], ("--group-weight tag=-1.0 must not be negative",)),
+        (["--weighted-loss", "inverce"], ("--weighted-loss", "did you mean inverse")),
         (["--scale", "1", "0.4"], ("--scale takes a smaller and a larger",)),
         (["-b", "0"], ("--batch-size must be at least 1",)),
         (["--pretrained", "--pretrained-path", "x.pth"], ("exclude each other",)),

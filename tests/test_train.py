@@ -20,7 +20,7 @@ from mlc.flags import read_config
 from mlc.models.build import build_model
 from mlc.models.teacher import Teacher
 from mlc.optim.distill import distill_loss, soften
-from mlc.optim.losses import bce, focal, smooth
+from mlc.optim.losses import asl, bce, focal, smooth, two_way
 from mlc.parallel import launch, storage
 from shards.console import UserError
 from shards.console import run as run_verb
@@ -55,6 +55,8 @@ def first_batch(config: Config):
     [
         (["--loss", "focal", "--focal-gamma", "1.5", "--focal-alpha", "0.3"], lambda x, t: focal(x, t, 1.5, 0.3)),
         (["--smoothing", "0.2", "--mixup", "0.4"], lambda x, t: bce(x, smooth(t, 0.2))),
+        (["--loss", "asl", "--splicemix", "0.7", "--cutmix", "1", "--mix-labels", "union"], asl),
+        (["--groups", "digit", "--group-loss", "digit=two-way"], lambda x, t: two_way(x[:, :10], t[:, :10])),
         (["--head", "extra_linear"], lambda x, t: bce(x, t)),
     ],
 )
@@ -118,6 +120,51 @@ def test_mixing_ends_when_told(shards, tmp_path):
     assert mixed == [True, True, False]
 
 
+def test_the_log_of_samples_says_what_was_mixed_with_what(shards, tmp_path):
+    file = tmp_path / "samples.jsonl"
+    mixes = ["--mixup", "0.4", "--cutmix", "1", "--splicemix", "0.4"]
+    train.main(argv(shards, tmp_path, *mixes, "--global-batch-size", "32", "--log-samples", str(file)))
+    seen = set()
+    for line in map(json.loads, file.read_text().splitlines()):
+        columns = (line[name] for name in ("mix", "partner", "lambda"))
+        for place, (how, partner, share) in enumerate(zip(*columns, strict=True)):
+            four = line["keys"][place // 4 * 4 :][:4]
+            seen.add(how and how.split()[0])
+            if how is None:
+                assert partner is None and share == 1
+            elif how.startswith("splicemix"):
+                assert len(partner) in (2, 4) and set(partner) <= set(four)
+                assert share == (line["keys"][place] in partner) / len(partner)
+            else:
+                assert partner == line["keys"][place ^ 1] and 0 <= share < 1
+    assert seen >= {"mixup", "cutmix", "splicemix"}
+
+
+def test_what_is_mixed_does_not_depend_on_the_micro_batch(shards, tmp_path):
+    logs = []
+    for size in ("16", "4"):
+        file = tmp_path / f"{size}.jsonl"
+        more = ["-b", size, "--global-batch-size", "16", "--mixup", "0.4", "--cutmix", "1", "--splicemix", "0.5"]
+        train.main(argv(shards, tmp_path / size, *more, "--log-samples", str(file), "--val-split", ""))
+        logs.append(file.read_text())
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["-b", "6", "--splicemix", "0.5"], "--batch-size 6 is not a multiple of 4, but splicemix takes four samples"),
+        (["-b", "5", "--cutmix", "1"], "--batch-size 5 is odd, but mixing pairs samples on a device; use 6 or --mixup"),
+        (["--group-loss", "digits=asl"], "--group-loss digits: no such group; did you mean digit?"),
+        (["--groups", "pen"], "--groups pen: no such group; choose one of digit, ink"),
+    ],
+)
+def test_mistakes_in_mixing_and_groups_are_one_line(shards, tmp_path, more, words):
+    with pytest.raises(UserError) as error:
+        train.main(argv(shards, tmp_path, *more))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
 def test_without_validation_the_last_weights_are_kept(shards, tmp_path):
     train.main(argv(shards, tmp_path, "--val-split", "", "--no-model-ema", "--threshold", "0.3"))
     run = tmp_path / "run"
@@ -151,6 +198,8 @@ def test_the_host_asks_for_nothing_between_two_lines_of_the_log(shards, tmp_path
     counts = []
     for steps in (4, 8):
         more = ["--max-steps", str(steps), "--log-interval", "100", "--val-split", "", "--mixup", "0.4"]
+        more += ["--cutmix", "1", "--splicemix", "0.5", "--cutout", "0.3"]
+        more += ["--weighted-loss", "effective", "--group-loss", "ink=asl", "--groups", "digit"]
         with HostReads() as reads:
             args = argv(shards, tmp_path / str(steps), *more, "--reprob", "0.5", "--clip-grad", "0.1")
             train.main([*args, "--checkpoint-every", "1000ep", "--global-batch-size", "16"])

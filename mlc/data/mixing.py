@@ -69,11 +69,11 @@ class Mix:
     def image(self, image: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W] -> the same shape, mixed."""
         device, mixed, cut = image.device, image, self._cut()
-        own = self.lam.where(~cut, 1.0)
-        if (own < 1).numpy().any():
-            own = own.to(device, non_blocking=True).view(-1, 1, 1, 1)
+        own = np.where(cut, np.float32(1), self.lam.numpy())
+        if (own < 1).any():
+            own = torch.from_numpy(own).to(device, non_blocking=True).view(-1, 1, 1, 1)
             mixed = own * image + (1 - own) * swap_pairs(image)
-        if cut.numpy().any():
+        if cut.any():
             mixed = swap_pairs(image).where(inside(self.boxes, *image.shape[2:], device), mixed)
         for grid in self.grids:
             mixed = mixed.index_copy(0, grid.places.to(device, non_blocking=True), grid.image(image))
@@ -104,8 +104,9 @@ class Mix:
                 found[place] = (name, sources, sources.count(place) / len(sources))
         return found
 
-    def _cut(self) -> torch.Tensor:
-        return self.boxes[:, 2] > self.boxes[:, 0]
+    def _cut(self) -> np.ndarray:
+        """bool [B], in NumPy: a tensor that is asked for its value counts as waiting for a device."""
+        return (self.boxes[:, 2] > self.boxes[:, 0]).numpy()
 
 
 def draw_mix(position: torch.Tensor, config: Config, height: int, width: int) -> Mix:

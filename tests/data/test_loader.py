@@ -50,6 +50,14 @@ def test_every_row_is_in_one_block_and_blocks_are_the_same_at_any_world_size(n, 
             {"global_batch": None, "batch_size": 7, "world_size": 2, "together": 2},
             ("--batch-size 7 is odd", "--mixup 0"),
         ),
+        (
+            {"global_batch": None, "batch_size": 6, "world_size": 2, "together": 4},
+            ("--batch-size 6 is not a multiple of 4", "use 8 or --splicemix 0"),
+        ),
+        (
+            {"global_batch": 28, "batch_size": 5, "world_size": 2, "together": 4},
+            ("a multiple of 2 processes x 4 (splicemix takes four", "use a multiple of 8"),
+        ),
     ],
 )
 def test_impossible_divisions_say_what_fits(arguments, words):

@@ -11,7 +11,7 @@ VERBS = {
     "index": ("shards.index", "index tars that somebody else wrote"),
     "stats": ("shards.stats", "count classes and captions; --html: a page with samples, copies, leaks"),
     "verify": ("shards.verify", "check every shard against its checksums"),
-    "train": ("mlc.train", "train (the same as train.py)"),
+    "train": ("mlc.published", "train (the same as train.py)"),
     "eval": ("mlc.evaluate", "score a run on a split that has labels"),
     "predict": ("mlc.predict", "predict a split or a folder of images, with test-time augmentation"),
     "ckpt": ("mlc.ckpt", "list, check, export or delete the checkpoints of a run"),

@@ -5,7 +5,7 @@
 """
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,8 @@ from shards.files import disk_errors, whole
 @launch.peers()
 @readers()
 @in_prediction()
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, load: Callable[[], tuple[torch.nn.Module, dict]] | None = None) -> None:
+    """load: what gives (model, its description) in place of the exported weights of `--run`."""
     options = _parser().parse_args(argv)
     if bool(options.data) == bool(options.images):
         raise UserError("give either --data DIR (packed shards) or --images DIR (a folder of images)")
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(1)
 
     # ---- Model and data
-    model, info = load_exported(weights_folder(options.run, options.weights))
+    model, info = load() if load else load_exported(weights_folder(options.run, options.weights))
     classes = info["label_names"]
     reader, rows, name = _open(options, classes)
 

@@ -59,7 +59,8 @@ class Config:
     pretrained: bool = False
     """start from timm's published weights of that name"""
     pretrained_path: str = ""
-    """start from these weights: .safetensors or .pth of the same backbone"""
+    """start from these weights of the same backbone: a .safetensors or .pth of timm, of Microsoft (Swin, SwinV2) or of
+    Hugging Face (Swin, SwinV2), or a folder with one, RUN/best included"""
     img_size: int = 256
     """pixels of a side of the square the model sees"""
     head: Literal["linear", "extra_linear", "mlp", "ml_decoder", "query2label", "csra", "lstm", "gcn"] = "linear"

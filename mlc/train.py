@@ -110,6 +110,8 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
         num_classes=len(dataset.classes),
         img_size=config.img_size,
         head=config.head,
+        head_kwargs=config.head_kwargs,
+        cooccurrence=sources.cooccurrence() if config.head == "gcn" else None,
         pretrained=config.pretrained and not start.checkpoint,
         pretrained_path=None if start.checkpoint else config.pretrained_path or None,
         drop=config.drop,

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from scipy.sparse import csr_array
 
 from mlc.data.order import hash64, locate, permute, uniform
 from shards.console import UserError, did_you_mean
@@ -169,6 +170,16 @@ class Rows:
             )
             expected += np.bincount(classes, weights=share[owner], minlength=len(expected))
         return expected / (len(self) if self._ends is None else self._ends[-1])
+
+    def cooccurrence(self) -> np.ndarray:
+        """int64 [C, C]: rows that have class i and class j, each as often as it is repeated, whatever its weight."""
+        counts = np.zeros((self.index.num_classes,) * 2, np.int64)
+        for chunk in _chunks(len(self.index) if self._rows is None else len(self._rows)):
+            rows = np.arange(chunk.start, chunk.stop) if self._rows is None else self._rows[chunk]
+            classes, owner = self.index.labels_of(rows)
+            has = csr_array((np.ones(len(owner), np.int64), (owner, classes)), (len(rows), len(counts)))
+            counts += (has.T @ has).toarray()
+        return counts
 
     def _end(self, number: int) -> int:
         return int(self._ends[number - 1]) if number else 0

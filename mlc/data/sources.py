@@ -37,6 +37,10 @@ class Sources:
         """What must be the same for the stream of samples to go on: the data, and which of it comes how often."""
         return {"data set": self.fingerprint, "samples": self.sampler.fingerprint}
 
+    def cooccurrence(self) -> np.ndarray:
+        """int64 [C, C]: rows that take part and have class i and class j; on the diagonal those that have class i."""
+        return sum(rows.cooccurrence() for rows in self.sampler.sources)
+
     def describe(self) -> Iterator[str]:
         """Lines for the log: the data sets where there are several, and what a sample of the stream is like."""
         sources, shares = self.sampler.sources, self.sampler.shares

@@ -11,13 +11,21 @@ from pathlib import Path
 
 import timm
 import torch
-from safetensors import SafetensorError
-from timm.models import get_deprecated_models, get_pretrained_cfg, load_state_dict
+from numpy.typing import ArrayLike
+from timm.models import get_deprecated_models, get_pretrained_cfg
 from torch import nn
 
-from mlc.models.heads import HEADS
+from mlc.models.convert import read_weights
+from mlc.models.heads import (
+    add_label_head,
+    check_head,
+    classifier_prefixes,
+    extra_linear,
+    outputs,
+    timm_classifiers,
+)
 from mlc.models.swin_attention import use_fast_attention
-from shards.console import UserError, did_you_mean, listed, say
+from shards.console import UserError, listed, say
 
 # What timm and torch raise for arguments, a size or weights that make no model: they check little and fail anywhere.
 _REFUSALS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
@@ -29,6 +37,8 @@ def build_model(
     num_classes: int,
     img_size: int | None = None,
     head: str = "linear",
+    head_kwargs: dict | None = None,
+    cooccurrence: ArrayLike | None = None,
     pretrained: bool = False,
     pretrained_path: str | Path | None = None,
     drop: float = 0.0,
@@ -40,6 +50,8 @@ def build_model(
 
     name: timm's, with or without a tag, older timm names, or `NAME_linear` for the `extra_linear` head.
     img_size: pixels of a side, given to backbones that are built for one size (Swin, ViT); others take any size.
+    head_kwargs: arguments of the head, see mlc/models/heads.py and its neighbours label_*.py.
+    cooccurrence: for the head `gcn`: training samples that have class i and j, [C, C].
     pretrained, pretrained_path: timm's published weights, or a file in their place (see `load_weights`).
     drop, drop_path: rates of dropout before the classifier and of stochastic depth.
     model_kwargs: further arguments of the timm model; they win over the above.
@@ -52,14 +64,16 @@ def build_model(
     # Not every backbone knows these: a size is a wish, and a rate of 0 is what a backbone without the argument does.
     wished = {key: value for key, value in optional.items() if value is not None and key not in asked}
 
-    def create(outputs: int | None) -> nn.Module:
-        published = pretrained and not pretrained_path
-        model = _create(name, {**asked, "num_classes": outputs, "pretrained": published}, wished)
-        if pretrained_path:
-            load_weights(model, pretrained_path)
-        return model
-
-    model = HEADS[head](create, num_classes)
+    check_head(head, head_kwargs or {})
+    published = pretrained and not pretrained_path
+    model = _create(name, {**asked, "num_classes": outputs(head, num_classes), "pretrained": published}, wished)
+    if head not in ("linear", "extra_linear"):
+        add_label_head(model, head, num_classes, head_kwargs or {}, cooccurrence)
+    kept = load_weights(model, pretrained_path) if pretrained_path else True
+    if head == "extra_linear":
+        if not kept:
+            say("--head extra_linear builds on an untrained classifier; use linear, or a --model that has the file's")
+        extra_linear(model, num_classes)
     if attention == "fast":
         use_fast_attention(model)
     return model
@@ -75,8 +89,7 @@ def fast_memory_format(model: nn.Module) -> torch.memory_format:
 
 def resolve_name(name: str, head: str = "linear") -> tuple[str, str]:
     """(timm's current name, head). UserError with near names when timm does not know it, or for an unknown head."""
-    if head not in HEADS:
-        raise UserError(f"unknown head {head!r}: choose one of {', '.join(HEADS)}{did_you_mean(head, list(HEADS))}")
+    check_head(head, {})
     bare = name.removesuffix("_linear")
     if bare != name and not timm.is_model(name) and timm.is_model(bare):
         name, head = bare, "extra_linear"
@@ -126,18 +139,16 @@ def _first_line(error: Exception) -> str:
     return " ".join(lines[:2]) or type(error).__name__
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Loads published or trained weights of the same backbone into a model from `_create`.
+def load_weights(model: nn.Module, path: str | Path) -> bool:
+    """Loads published or trained weights of the same backbone, see `read_weights`, into a model of `build_model`.
 
-    Reads .safetensors, or .pth with `weights_only=True`; a checkpoint's nested `state_dict_ema`, `model_ema`,
-    `state_dict` or `model`, in this order; names with the prefixes of DDP and torch.compile. Weights made for another
-    image or window size are resampled by timm's own `checkpoint_filter_fn` of the backbone. A classifier of another
-    width is left out, with a line that says so. UserError for an unreadable file, and with a list for any other weight
-    that is missing, left over or of another shape.
+    Weights made for another image or window size are resampled by timm's own `checkpoint_filter_fn` of the backbone.
+    A classifier of another width or kind is left out, with a line that says so and False as the result. UserError for
+    an unreadable file, and with a list for any other weight that is missing, left over or of another shape.
     """
-    state = _resampled(_read(Path(path)), model, path)
-    head = _classifier_parameters(model)
-    note = _drop_other_classifier(state, model, head)
+    state = _resampled(read_weights(Path(path)), model, path)
+    note = _drop_other_classifier(state, model)
+    head = classifier_prefixes(model)
     own = model.state_dict()
     problems = [
         f"{key} is {list(state[key].shape)} in the file and {list(own[key].shape)} in the model"
@@ -146,7 +157,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     ]
     if not problems:
         result = model.load_state_dict(state, strict=False)
-        problems += [f"{key} is not in the file" for key in result.missing_keys if key not in head]
+        problems += [f"{key} is not in the file" for key in result.missing_keys if not key.startswith(head)]
         problems += [f"{key} is not in the model" for key in result.unexpected_keys]
     if problems:
         raise UserError(
@@ -155,18 +166,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         )
     if note:
         say(f"{path}: {note}")
-
-
-def _read(path: Path) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise UserError(f"--pretrained-path {path}: no such file")
-    try:
-        state = load_state_dict(str(path))
-    except (SafetensorError, OSError, EOFError, *_REFUSALS) as error:
-        raise UserError(f"--pretrained-path {path}: cannot be read as weights: {_first_line(error)}") from error
-    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"--pretrained-path {path}: holds something else than weights by name")
-    return state
+    return not note
 
 
 def _resampled(state: dict[str, torch.Tensor], model: nn.Module, path: str | Path) -> dict[str, torch.Tensor]:
@@ -179,16 +179,22 @@ def _resampled(state: dict[str, torch.Tensor], model: nn.Module, path: str | Pat
         raise UserError(f"{path} does not fit {model.pretrained_cfg['architecture']}: {_first_line(error)}") from error
 
 
-def _classifier_parameters(model: nn.Module) -> set[str]:
-    names = model.pretrained_cfg.get("classifier") or ()
-    return {f"{name}.{part}" for name in ([names] if isinstance(names, str) else names) for part in ("weight", "bias")}
-
-
-def _drop_other_classifier(state: dict[str, torch.Tensor], model: nn.Module, head: set[str]) -> str:
-    """Takes a classifier of another width out of `state`; a line about it, or nothing where it fits."""
-    own = model.state_dict()
-    if all(key in state and state[key].shape == own[key].shape for key in head & own.keys()):
+def _drop_other_classifier(state: dict[str, torch.Tensor], model: nn.Module) -> str:
+    """Takes a classifier that is not the model's out of `state`; a line about it, or nothing where it fits."""
+    known = _shapes(state, ("label_head.", *timm_classifiers(model)))
+    if known == _shapes(model.state_dict(), classifier_prefixes(model)):
         return ""
-    widths = {len(state.pop(key)) for key in head & state.keys()}
-    found = f"its classifier has {', '.join(map(str, sorted(widths)))} outputs" if widths else "it has no classifier"
-    return f"{found}, this model has {model.num_classes}: a new classifier is trained"
+    for key in known:
+        del state[key]
+    if any(key.startswith("label_head.") for key in known):
+        found = "its classifier is of another --head"
+    elif known:
+        found = f"its classifier has {', '.join(map(str, sorted({shape[0] for shape in known.values()})))} outputs"
+    else:
+        found = "it has no classifier"
+    head = f" and --head {model.head_spec['head']}" if hasattr(model, "head_spec") else ""
+    return f"{found}, this model has {model.num_classes}{head}: a new classifier is trained"
+
+
+def _shapes(state: dict[str, torch.Tensor], prefixes: tuple[str, ...]) -> dict[str, torch.Size]:
+    return {key: tensor.shape for key, tensor in state.items() if key.startswith(prefixes)}

@@ -2,7 +2,8 @@
 
     timm.create_model("local-dir:runs/NAME/best", pretrained=True)
 
-gives the same logits without this package, and no pickle is ever opened to read them.
+gives the same logits without this package, and no pickle is ever opened to read them. Only the heads of
+mlc/models/label_*.py and `mlp`, which timm does not have, need this package: `load_exported`.
 """
 
 import json
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mlc.models.build import fast_memory_format
-from mlc.models.heads import fold
+from mlc.models.heads import add_label_head, fold
 from mlc.models.swin_attention import use_fast_attention
 from shards.console import UserError
 from shards.files import disk_errors, whole
@@ -70,7 +71,7 @@ def timm_config(
             "first_conv": source.get("first_conv"),
             "classifier": source.get("classifier"),
         },
-        "mlc": {**extra, "crop": crop},
+        "mlc": {**extra, "crop": crop, **getattr(model, "head_spec", {})},
     }
 
 
@@ -112,8 +113,11 @@ def load_exported(folder: str | Path) -> tuple[nn.Module, dict]:
     folder = Path(folder)
     config = _read_config(folder / _CONFIG)
     try:
-        args = {**config.get("model_args", {}), "num_classes": config["num_classes"], "pretrained": False}
+        own, classes = config.get("mlc", {}), config["num_classes"]
+        args = {**config.get("model_args", {}), "num_classes": 0 if "head" in own else classes, "pretrained": False}
         model = timm.create_model(config["architecture"], **args)
+        if "head" in own:
+            add_label_head(model, own["head"], classes, own["head_kwargs"])
     except (TypeError, ValueError, LookupError, AttributeError, AssertionError, RuntimeError) as error:
         raise UserError(f"{folder / _CONFIG}: timm {timm.__version__} cannot build this model: {error}") from error
     weights = folder / _WEIGHTS

@@ -224,12 +224,14 @@ def refuse_other_files(then: str, now: str, *, path: object, weights_only: bool)
 
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The repeated parts of a timm backbone: members of a list that is called `blocks`, `layers`, `stages` or `layerN`
-    (SwinV2 `layers.0.blocks.1`, ViT `blocks.3`, ResNet `layer2.0`), the innermost where such lists are nested.
+    (SwinV2 `layers.0.blocks.1`, ViT `blocks.3`, ResNet `layer2.0`), the innermost where such lists are nested. A label
+    head's are not among them.
     """
     members = [
         member
         for name, module in model.named_modules()
         if isinstance(module, nn.Sequential | nn.ModuleList) and _STACK.fullmatch(name.rpartition(".")[2])
+        if not name.startswith("label_head.")
         for member in module
         if next(member.parameters(), None) is not None
     ]

@@ -59,11 +59,22 @@ def test_trains_and_predicts(shards, tmp_path, head):
 
 def test_a_teacher_and_a_resume_with_another_head(shards, tmp_path):
     assert train.main(argv(shards, tmp_path / "teacher", "csra")) == 0
-    teacher = ["--kd-teacher", str(tmp_path / "teacher" / "run"), "--max-steps", "1"]
+    teacher = ["--kd-teacher", str(tmp_path / "teacher" / "run"), "--kd-feature", "0.5", "--max-steps", "1"]
     assert train.main(argv(shards, tmp_path, "gcn", *teacher)) == 0
     assert np.isfinite(log_of(tmp_path / "run")[0]["train/loss"])
     with pytest.raises(UserError, match="another head_kwargs"):
         train.main(argv(shards, tmp_path, "gcn", *teacher, "--head-kwargs", "tau=0.1", "--resume", "auto"))
+
+
+def test_a_head_alone_is_trained(shards, tmp_path):
+    """The frozen backbone stays as it was; the head has a learning rate of its own."""
+    more = ["--freeze", "backbone", "--head-lr-mult", "2", "--weight-decay", "0"]
+    assert train.main(argv(shards, tmp_path, "mlp", *more, "--no-model-ema")) == 0
+    assert train.main(argv(shards, tmp_path / "other", "mlp", *more, "--no-model-ema", "--lr", "1e-2")) == 0
+    one, other = (load_file(folder / "run" / "last" / "model.safetensors") for folder in (tmp_path, tmp_path / "other"))
+    assert {name for name in one if not torch.equal(one[name], other[name])} == {
+        f"label_head.{layer}.{part}" for layer in ("fc1", "fc2") for part in ("weight", "bias")
+    }
 
 
 def test_the_graph_is_that_of_the_rows_that_are_trained_on(shards, tmp_path):

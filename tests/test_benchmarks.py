@@ -32,7 +32,8 @@ def call(monkeypatch, module, *argv):
     return module.main()
 
 
-SCRIPTS = sorted(path for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "common")
+LIBRARIES = ("common", "peer_loop")
+SCRIPTS = sorted(path for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in LIBRARIES)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)

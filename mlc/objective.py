@@ -16,11 +16,14 @@ from torch import Tensor, nn
 from mlc.config import Config
 from mlc.data.dataset import Batch
 from mlc.data.mixing import Mix
+from mlc.data.sampler import Sampler
+from mlc.data.soft_labels import is_prediction_file
 from mlc.models.features import FeaturePair
-from mlc.models.teacher import Teacher
+from mlc.models.teacher import Teacher, open_teachers
 from mlc.optim.distill import combine, distill_loss, feature_loss, larger, soften, soften_probabilities
 from mlc.optim.losses import LOSSES, Loss, class_weights, smooth
 from shards.console import UserError, did_you_mean
+from shards.dataset import Dataset
 
 Groups = Mapping[str, Sequence[int]]  # the columns of each group's classes
 
@@ -131,9 +134,43 @@ class Objective:
         """student: the bare model, before it is compiled or divided; for `--kd-feature` alone.
         weights: float32 [C], what each column of the loss counts, see `loss_weights`.
         """
-        self._weights = weights
-        self._config, self._loss, self._teachers, self._autocast = config, loss, teachers, autocast
+        self.loss, self.teachers = loss, teachers
+        self._config, self._weights, self._autocast = config, weights, autocast
         self._features = FeaturePair(student, teachers[0].model, config.seed) if config.kd_feature else None
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        dataset: Dataset,
+        sampler: Sampler,
+        *,
+        student: nn.Module,
+        averaged: nn.Module | None,
+        device: torch.device,
+        normalization: tuple[Sequence[float], Sequence[float]],
+        autocast: Callable[[], AbstractContextManager],
+    ) -> "Objective":
+        """That of the settings, for the bare `student`, its average and what is drawn from the data.
+
+        Raises:
+            UserError: a group, loss or teacher that does not exist.
+        """
+        mean, std = normalization
+        counts = np.ones(len(dataset.classes))
+        if config.weighted_loss != "none":  # counting takes a while where rows are many
+            counts = sampler.expected_frequencies() * sampler.epoch_samples
+        models = [name for name in config.kd_teacher if not is_prediction_file(name)]
+        return cls(
+            config,
+            loss=make_loss(config, dataset.group_columns),
+            weights=loss_weights(config, dataset.group_columns, counts, device),
+            teachers=open_teachers(
+                models, averaged=averaged, classes=dataset.classes, device=device, mean=mean, std=std
+            ),
+            student=student,
+            autocast=autocast,
+        )
 
     def __call__(
         self, model: nn.Module, image: Tensor, target: Tensor, batch: Batch, mix: Mix | None
@@ -142,15 +179,15 @@ class Objective:
         config = self._config
         with self._autocast():
             logits = model(image)
-            taught = [teacher(image) for teacher in self._teachers]
+            taught = [teacher(image) for teacher in self.teachers]
         hard = smooth(target, config.smoothing)
         if not config.kd_teacher:
-            loss = self._loss(logits, hard)
+            loss = self.loss(logits, hard)
         elif config.kd_rule == "max":
-            loss = self._loss(logits, larger(hard, _soft(taught, batch, mix, 1.0)))
+            loss = self.loss(logits, larger(hard, _soft(taught, batch, mix, 1.0)))
         else:
             soft = _soft(taught, batch, mix, config.kd_temp)
-            loss = combine(self._loss(logits, hard), distill_loss(logits, soft, config.kd_temp), config.kd_alpha)
+            loss = combine(self.loss(logits, hard), distill_loss(logits, soft, config.kd_temp), config.kd_alpha)
         if self._features:
             loss = loss + config.kd_feature * feature_loss(*self._features.take())[:, None]
         if self._weights is not None:

@@ -7,9 +7,9 @@ therefore restores weights, optimizer state and that integer, and goes on as if 
 
 import gc
 import math
-import re
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +25,22 @@ from mlc.data.dataset import BadSamples, TrainDataset
 from mlc.data.loader import Waiting, load, readers, train_positions
 from mlc.data.mixing import together
 from mlc.data.order import DROPOUT, hash64
-from mlc.data.soft_labels import is_prediction_file
 from mlc.data.sources import open_sources, open_validation
 from mlc.flags import read_config
 from mlc.metrics import thresholds
-from mlc.models.build import build_model, fast_memory_format
+from mlc.models.build import fast_memory_format
 from mlc.models.export import export, timm_config
 from mlc.models.freeze import freeze, train_mode
-from mlc.models.heads import classifier_prefixes, init_head_bias
-from mlc.models.teacher import open_teachers
-from mlc.objective import Objective, loss_weights, make_loss, trained_columns
-from mlc.optim import optimizers
+from mlc.objective import Objective, make_loss, trained_columns
 from mlc.optim.ema import Ema
-from mlc.optim.param_groups import param_groups
+from mlc.optim.optimizers import set_steps
 from mlc.parallel import checkpoint, compiler, launch, strategy
 from mlc.parallel.preempt import StopFlag
 from mlc.parallel.recompute import recompute
 from mlc.profiling import Profiler
 from mlc.report.samples import sample_table
 from mlc.runlog import Meter, RunLog, SampleLog, evaluation_line, memory_gb, training_line
+from mlc.setup import model_of, optimizer_of
 from mlc.validation import evaluate, goodness, refuse_unknown_metric
 from shards.console import UserError
 
@@ -105,23 +102,7 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
     if config.deterministic:
         launch.only_deterministic()
     launch.seed_everything(config.seed)  # the same first weights on every rank
-    model = build_model(
-        name=config.model,
-        num_classes=len(dataset.classes),
-        img_size=config.img_size,
-        head=config.head,
-        head_kwargs=config.head_kwargs,
-        cooccurrence=sources.cooccurrence() if config.head == "gcn" else None,
-        pretrained=config.pretrained and not start.checkpoint,
-        pretrained_path=None if start.checkpoint else config.pretrained_path or None,
-        drop=config.drop,
-        drop_path=config.drop_path,
-        model_kwargs=config.model_kwargs,
-        attention=config.attention,
-    )
-    if config.head_bias == "prior":
-        samples = sampler.epoch_samples
-        init_head_bias(model, (sampler.expected_frequencies() * samples + 1) / (samples + 2))
+    model = model_of(config, sources, published=not start.checkpoint)
     mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
     transform = train_transform(config, mean)
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
@@ -131,42 +112,22 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
     bare = model.to(device)  # what is averaged, evaluated and saved; the strategy may wrap it for training
     ema = Ema(bare) if config.model_ema else None
     averaged = ema.module if ema else None
-    models = [name for name in config.kd_teacher if not is_prediction_file(name)]
-    teachers = open_teachers(models, averaged=averaged, classes=dataset.classes, device=device, mean=mean, std=std)
-    loss_fn = make_loss(config, dataset.group_columns)
-    counts = sampler.expected_frequencies() * sampler.epoch_samples
-    objective = Objective(
+    objective = Objective.of(
         config,
-        loss=loss_fn,
-        teachers=teachers,
+        dataset,
+        sampler,
         student=bare,
+        averaged=averaged,
+        device=device,
+        normalization=(mean, std),
         autocast=accelerator.autocast,
-        weights=loss_weights(config, dataset.group_columns, counts, device),
     )
 
     # ---- Optimizer ---------------------------------------------------------------------------------------------------
-    def make_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
-        head = {rf"^{re.escape(prefix)}": config.head_lr_mult for prefix in classifier_prefixes(model)}
-        groups = param_groups(
-            model,
-            config.weight_decay,
-            layer_decay=config.layer_decay,
-            lr_mult=config.lr_mult | (head if config.head_lr_mult != 1 else {}),
-            wd_mult=config.wd_mult,
-        )
-        return optimizers.make_optimizer(
-            groups,
-            name=config.opt,
-            lr=config.lr,
-            betas=config.opt_betas,
-            eps=config.opt_eps,
-            momentum=config.momentum,
-            only_elementwise=choice.zero_stage > 0,
-        )
-
+    make_optimizer = partial(optimizer_of, config=config, only_elementwise=choice.zero_stage > 0)
     if config.compile:
         compiler.need_compiler(device)
-        for module in (bare, *(teacher.model for teacher in teachers)):
+        for module in (bare, *(teacher.model for teacher in objective.teachers)):
             compiler.compile_blocks(module, config.compile_mode)
     recompute(bare, config.grad_checkpointing)
     if config.batch_size == "auto":
@@ -208,7 +169,7 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
     model = divided.model
     if start.checkpoint and not only_weights:
         checkpoint.load(start.checkpoint, **divided.saved)
-        optimizers.set_steps(divided.optimizer, step - stage.begin // plan.global_batch)
+        set_steps(divided.optimizer, step - stage.begin // plan.global_batch)
 
     # ---- Logs --------------------------------------------------------------------------------------------------------
     log = RunLog(
@@ -255,7 +216,7 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
         launch.same_buffers(bare, averaged)
         weights = {"val": bare} | ({"val_ema": averaged} if ema else {})
         with compiler.eager(), in_evaluation(config):
-            results = evaluate(weights, *validation, config, dataset, accelerator, loss_fn, mean, std, val_bad)
+            results = evaluate(weights, *validation, config, dataset, accelerator, objective.loss, mean, std, val_bad)
         metrics = {name: result.metrics for name, result in results.items()}
         best_now = max(metrics, key=lambda name: goodness(metrics[name], config.eval_metric))
         samples = None

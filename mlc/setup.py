@@ -1,0 +1,61 @@
+"""Model and optimizer of a run, from its settings."""
+
+import re
+
+import torch
+
+from mlc.config import Config
+from mlc.data.sources import Sources
+from mlc.models.build import build_model
+from mlc.models.heads import classifier_prefixes, init_head_bias
+from mlc.optim.optimizers import make_optimizer
+from mlc.optim.param_groups import param_groups
+
+
+def model_of(config: Config, sources: Sources, *, published: bool) -> torch.nn.Module:
+    """The model, on the CPU and in training mode.
+
+    published: start from the published weights of the settings, if any; else what is loaded afterwards replaces them.
+    """
+    sampler = sources.sampler
+    model = build_model(
+        name=config.model,
+        num_classes=len(sources.dataset.classes),
+        img_size=config.img_size,
+        head=config.head,
+        head_kwargs=config.head_kwargs,
+        cooccurrence=sources.cooccurrence() if config.head == "gcn" else None,
+        pretrained=config.pretrained and published,
+        pretrained_path=config.pretrained_path or None if published else None,
+        drop=config.drop,
+        drop_path=config.drop_path,
+        model_kwargs=config.model_kwargs,
+        attention=config.attention,
+    )
+    if config.head_bias == "prior":
+        samples = sampler.epoch_samples
+        init_head_bias(model, (sampler.expected_frequencies() * samples + 1) / (samples + 2))
+    return model
+
+
+def optimizer_of(model: torch.nn.Module, *, config: Config, only_elementwise: bool) -> torch.optim.Optimizer:
+    """For the bare model, whole or divided; only_elementwise: as in `make_optimizer`."""
+    factors = dict(config.lr_mult)
+    if config.head_lr_mult != 1:  # where no expression of --lr-mult is found
+        factors |= {f"^{re.escape(prefix)}": config.head_lr_mult for prefix in classifier_prefixes(model)}
+    groups = param_groups(
+        model,
+        config.weight_decay,
+        layer_decay=config.layer_decay,
+        lr_mult=factors,
+        wd_mult=config.wd_mult,
+    )
+    return make_optimizer(
+        groups,
+        name=config.opt,
+        lr=config.lr,
+        betas=config.opt_betas,
+        eps=config.opt_eps,
+        momentum=config.momentum,
+        only_elementwise=only_elementwise,
+    )

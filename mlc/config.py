@@ -68,7 +68,7 @@ class Config:
     `ml_decoder`, `query2label`: a query per class looks at the image's places; `csra`: class-wise spatial attention;
     `lstm`, `gcn`: labels inform each other, in a sequence or over their co-occurrence"""
     head_kwargs: dict[str, Any] = field(default_factory=dict)
-    """arguments of the head, as k=v (docs/recipes.md lists them)"""
+    """arguments of the head, as k=v (docs/methods.md lists them)"""
     freeze: str = ""
     """what is not trained: `backbone`, or the parameters whose names a regular expression finds"""
     head_bias: Literal["zero", "prior"] = "zero"
@@ -111,7 +111,7 @@ class Config:
     """length of the training in optimizer steps instead"""
     stages: list[dict[str, Any]] = field(default_factory=list)
     """parts of the run, one after the other, each with `for: DURATION` (the last may take the rest) and settings of its
-    own: freeze, lr, opt, sched, loss, groups, mixup, ... (docs/recipes.md). On the command line as YAML, in quotes"""
+    own: freeze, lr, opt, sched, loss, groups, mixup, ... (docs/methods.md). On the command line as YAML, in quotes"""
     patience: int | None = None
     """end the run after so many evaluations in a row without a better --eval-metric"""
     seed: int = 42

@@ -221,3 +221,25 @@ def test_without_slurm_ci_fails_and_a_user_is_told(monkeypatch):
     monkeypatch.setenv("MLC_REQUIRE_SLURM", "1")
     with pytest.raises(pytest.fail.Exception, match="apt-get install slurm-wlm munge"), started():
         pass
+
+
+def test_a_sweep_is_an_array_and_one_that_waits_for_it(cluster, data, tmp_path):
+    """A student waits for the teacher that it needs; a third run needs nobody."""
+    spec = {
+        "base": {"max_steps": 2, "eval_every": "2st", "batch_size": 8, "workers": 0},
+        "seeds": [1],
+        "metric": "f1_samples",
+        "variants": {"teacher": {}, "mixup": {"mixup": 0.4}, "student": {"kd_teacher": "{teacher}"}},
+    }
+    file, out = tmp_path / "spec.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump(spec))
+    flags = [*TINY, "--data", str(data)]
+    sbatch_flags = "--gpus 1 --cpus 1 --time 10:00"
+    printed = cluster("mlc", "sweep", str(file), *flags, "--out", str(out), f"--slurm={sbatch_flags}")
+    first, second = (line.split()[-1] for line in printed.splitlines() if line.startswith("Submitted batch job"))
+    for number in (first, second):
+        cluster.wait(number, "COMPLETED")
+    cluster("mlc", "sweep", str(file), *flags, "--out", str(out), "--report-only")
+    with (out / "results.csv").open() as rows:
+        assert {row["variant"] for row in csv.DictReader(rows)} == {"teacher", "mixup", "student"}
+    assert "kd_teacher" in (out / "student-s1" / "args.yaml").read_text()

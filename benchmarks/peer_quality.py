@@ -165,7 +165,7 @@ def prepare(folder: Path, samples: int) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = common.arguments(__doc__, rounds=3)
     parser.add_argument("--settings", nargs="+", choices=RECIPES, default=list(RECIPES), help="default: both")
-    parser.add_argument("--peer-lr", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 1e-2], help="its learning rates")
+    parser.add_argument("--peer-lr", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2, 3e-2], help="its learning rates")
     parser.add_argument("--epochs", type=float, help="of each run (default: the recipe's)")
     parser.add_argument("--steps", type=int, help="of each run, instead")
     parser.add_argument("--samples", type=int, default=6000, help="of mlc demo-data (default: %(default)s)")

@@ -136,7 +136,7 @@ def test_both_are_run(tmp_path, capsys):
     assert peer_quality.main(argv) == 0
     assert "scratch: 1 steps of 32, demo" in capsys.readouterr().out
     found = json.loads((tmp_path / "found.json").read_text())["results"]["scratch"]["found"]
-    assert list(found) == ["asl, lr 0.0003", "bce, lr 0.0003", "ours"]
+    assert list(found) == ["asl, lr 0.001", "bce, lr 0.001", "ours"]
     assert all(0 < runs["1"]["map"] <= 1 for runs in found.values())
 
 

@@ -209,16 +209,23 @@ def _dot_figure(plt, sweep: Sweep, found: Sequence[Line]):
 def _curves(sweep: Sweep, found: Sequence[Line]) -> dict[str, list[tuple[float, Line]]]:
     """{setting: [(value, line)]} by value, the base among them; {} unless all that varies are numbers."""
     by_name = {line.variant: line for line in found}
-    points = [variant.point for variant in sweep.variants if variant.point]
-    if not points or any(isinstance(value, bool) or not isinstance(value, int | float) for _, value in points):
+    varied = {variant.point[0] for variant in sweep.variants if variant.point}
+    if not varied or any(variant.point and not _number(*variant.point) for variant in sweep.variants):
         return {}
     base = vars(next(run.config for run in sweep.runs if run.variant == sweep.variants[0].name))
-    curves: dict[str, list[tuple[float, Line]]] = {name: [] for name, _ in points}
+    curves: dict[str, list[tuple[float, Line]]] = {}
     for variant in sweep.variants:
-        for name, value in [variant.point] if variant.point else [(name, base[name]) for name in curves]:
-            if variant.name in by_name and isinstance(value, int | float):
-                curves[name].append((value, by_name[variant.name]))
+        for point in [variant.point] if variant.point else [(name, base[name]) for name in base if name in varied]:
+            if variant.name in by_name and (number := _number(*point)):
+                curves.setdefault(number[0], []).append((number[1], by_name[variant.name]))
     return {name: sorted(curve, key=lambda point: point[0]) for name, curve in curves.items() if len(curve) > 1}
+
+
+def _number(name: str, value: Any) -> tuple[str, float] | None:
+    """(what to call it, its value) of a number, or of the one in `head_kwargs: {hidden: 64}`; None for all else."""
+    if isinstance(value, dict) and len(value) == 1:
+        ((name, value),) = value.items()
+    return (name, value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _curve_figure(plt, sweep: Sweep, curves: dict[str, list[tuple[float, Line]]]):

@@ -300,6 +300,7 @@ def test_the_best_evaluation_is_the_earliest_of_the_best(tmp_path):
         ({"variants": {"plain": {}, "mixup": {"mixup": 0.4}}}, ["linear"], 0),
         ({"each": {"loss": ["focal"]}}, ["linear"], 0),
         ({"each": {"lr": [1e-4, 1e-3], "batch_size": [4, 16], "smoothing": [0.1]}}, ["log", "linear", "linear"], 2),
+        ({"base": {"head": "mlp"}, "each": {"head_kwargs": [{"hidden": 32}, {"hidden": 64}]}}, ["linear"], 0),
     ],
 )
 def test_the_plot_has_a_dot_per_run(content, scales, of_the_base, tmp_path, monkeypatch):

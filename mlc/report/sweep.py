@@ -209,13 +209,13 @@ def _dot_figure(plt, sweep: Sweep, found: Sequence[Line]):
 def _curves(sweep: Sweep, found: Sequence[Line]) -> dict[str, list[tuple[float, Line]]]:
     """{setting: [(value, line)]} by value, the base among them; {} unless all that varies are numbers."""
     by_name = {line.variant: line for line in found}
-    varied = {variant.point[0] for variant in sweep.variants if variant.point}
+    varied = dict.fromkeys(variant.point[0] for variant in sweep.variants if variant.point)
     if not varied or any(variant.point and not _number(*variant.point) for variant in sweep.variants):
         return {}
     base = vars(next(run.config for run in sweep.runs if run.variant == sweep.variants[0].name))
     curves: dict[str, list[tuple[float, Line]]] = {}
     for variant in sweep.variants:
-        for point in [variant.point] if variant.point else [(name, base[name]) for name in base if name in varied]:
+        for point in [variant.point] if variant.point else [(name, base[name]) for name in varied]:
             if variant.name in by_name and (number := _number(*point)):
                 curves.setdefault(number[0], []).append((number[1], by_name[variant.name]))
     return {name: sorted(curve, key=lambda point: point[0]) for name, curve in curves.items() if len(curve) > 1}

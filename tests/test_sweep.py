@@ -294,13 +294,16 @@ def test_the_best_evaluation_is_the_earliest_of_the_best(tmp_path):
     assert report.best_evaluation(log, "map") == {"step": 2, "weights": "val", "map": 0.5}
 
 
+MLP = {"head": "mlp", "head_kwargs": {"hidden": 8}}
+
+
 @pytest.mark.parametrize(
     "content, scales, of_the_base",
     [
         ({"variants": {"plain": {}, "mixup": {"mixup": 0.4}}}, ["linear"], 0),
         ({"each": {"loss": ["focal"]}}, ["linear"], 0),
         ({"each": {"lr": [1e-4, 1e-3], "batch_size": [4, 16], "smoothing": [0.1]}}, ["log", "linear", "linear"], 2),
-        ({"base": {"head": "mlp"}, "each": {"head_kwargs": [{"hidden": 32}, {"hidden": 64}]}}, ["linear"], 0),
+        ({"base": MLP, "each": {"head_kwargs": [{"hidden": 8}, {"hidden": 16}]}}, ["linear"], 0),
     ],
 )
 def test_the_plot_has_a_dot_per_run(content, scales, of_the_base, tmp_path, monkeypatch):

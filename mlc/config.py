@@ -123,7 +123,8 @@ class Config:
     lr: float = 1e-4
     """peak learning rate"""
     weight_decay: float = 0.05
-    """decoupled weight decay; norms, biases, position parameters and logit_scale take none"""
+    """weight decay, decoupled in AdamW and Lion, part of the gradient in `sgd` (not in `sgdw`); norms, biases, position
+    parameters and logit_scale take none"""
     opt_betas: tuple[float, float] = (0.9, 0.999)
     """betas of Adam's relatives"""
     opt_eps: float = 1e-8
@@ -311,9 +312,11 @@ class Config:
 
 _RANGES = (
     (("cutout", "mixup_switch_prob", "splicemix", "focal_alpha"), lambda x: 0 <= x <= 1, "in [0, 1]"),
-    (("asl_clip",), lambda x: 0 <= x < 1, "in [0, 1)"),
+    (("asl_clip", "momentum"), lambda x: 0 <= x < 1, "in [0, 1)"),
+    (("layer_decay",), lambda x: 0 < x <= 1, "in (0, 1]"),
+    (("patience",), lambda x: x >= 1, "at least 1"),
     (("weighted_beta",), lambda x: 0 < x < 1, "in (0, 1)"),
-    (("two_way_temp", "fbeta"), lambda x: x > 0, "above 0"),
+    (("two_way_temp", "fbeta", "head_lr_mult", "decay_rate"), lambda x: x > 0, "above 0"),
     (("cutmix", "focal_gamma", "asl_gamma_neg", "asl_gamma_pos"), lambda x: x >= 0, "at least 0"),
 )
 

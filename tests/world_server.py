@@ -42,18 +42,6 @@ def started(config: str) -> tuple[int, dict[str, str]]:
 # ---- what a world may be asked to do besides -------------------------------------------------------------------------
 
 
-def frozen() -> None:
-    """A frozen patch embedding; there is no flag that freezes."""
-    build = train.build_model
-
-    def build_frozen(**settings):
-        model = build(**settings)
-        model.patch_embed.requires_grad_(False)
-        return model
-
-    train.build_model = build_frozen
-
-
 def no_inductor() -> None:
     """torch.compile up to where a C++ compiler would be needed: tracing and autograd as ever, kernels of eager mode."""
     torch.compile = functools.partial(torch.compile, backend="aot_eager")
@@ -85,7 +73,7 @@ def little_memory() -> None:
 
 
 PROGRAMS = {"train.py": train.main, "mlc": cli.main}
-BESIDES = {setup.__name__: setup for setup in (frozen, little_memory, no_inductor, stopped)}
+BESIDES = {setup.__name__: setup for setup in (little_memory, no_inductor, stopped)}
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ BF16 = 2e-2  # with autocast; bf16 itself has a resolution of 2^-8
 LAUNCHED = {"cpu2": "ddp", "fsdp2": "fsdp2"} | {name: name for name in ("zero1", "zero2", "zero3")}
 LAUNCHED |= {"zero3-offload": "zero3"}
 ZEROS = ("zero1", "zero2", "zero3")
+FROZEN = ("--freeze", "patch_embed")
 
 
 def train_args(shards: Path, folder: Path, steps: int, batch: int, *more: str) -> list[str]:
@@ -38,7 +39,7 @@ def train_args(shards: Path, folder: Path, steps: int, batch: int, *more: str) -
 @pytest.fixture(scope="module")
 def reference(shards, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("one")
-    worlds.train(1, train_args(shards, folder, STEPS[-1], 8), "frozen")
+    worlds.train(1, train_args(shards, folder, STEPS[-1], 8, *FROZEN))
     return folder / "run"
 
 
@@ -71,7 +72,7 @@ def assert_same_weights(folder: Path, reference: Path) -> None:
 @pytest.mark.parametrize("config", LAUNCHED)
 def test_same_losses_as_one_process(config, shards, reference, folders):
     steps = STEPS[-1] if LAUNCHED[config] in ("ddp", "fsdp2") else STEPS[0]
-    said = worlds.train(config, train_args(shards, folders[config], steps, 4), "frozen")
+    said = worlds.train(config, train_args(shards, folders[config], steps, 4, *FROZEN))
     assert f", {LAUNCHED[config]}\n" in said
     assert_same_training(folders[config], reference, steps)
     if steps == STEPS[-1]:
@@ -80,7 +81,7 @@ def test_same_losses_as_one_process(config, shards, reference, folders):
 
 @pytest.mark.parametrize("config", LAUNCHED)
 def test_a_gradient_that_overflows_stops_all_processes_before_the_step(config, shards, tmp_path):
-    codes, said = worlds.ask(config, train_args(shards, tmp_path, STEPS[0], 4, "--lr", "1e20"), "frozen")
+    codes, said = worlds.ask(config, train_args(shards, tmp_path, STEPS[0], 4, *FROZEN, "--lr", "1e20"))
     assert codes == [2, 2] and "the gradient is nan; the weights were not changed" in said, said
 
 
@@ -88,8 +89,8 @@ def test_zero_goes_on_with_one_process_and_with_two_again(shards, reference, fol
     """The files of two processes are converted for one, and those of one for two."""
     for processes, steps in ((1, STEPS[1]), (2, STEPS[2])):
         for name in ZEROS:
-            argv = train_args(shards, folders[name], steps, 8 // processes, "--strategy", name)
-            said = worlds.train(processes, argv, "frozen")
+            argv = train_args(shards, folders[name], steps, 8 // processes, *FROZEN, "--strategy", name)
+            said = worlds.train(processes, argv)
             assert said.count(f"was written by {3 - processes} process") == 1
     for name in ZEROS:
         assert_same_training(folders[name], reference, STEPS[-1])
@@ -128,8 +129,8 @@ OPTIONS = {
 def test_options_go_with_every_strategy(option, strategy, shards, reference, tmp_path):
     """The average as well (`val_ema/loss`): divided like the model, never compiled, it follows a compiled one."""
     flags, tolerance = OPTIONS[option]
-    argv = train_args(shards, tmp_path, 4, 4, "--strategy", strategy, *flags)
-    said = worlds.train(2, argv, "frozen", "no_inductor")
+    argv = train_args(shards, tmp_path, 4, 4, *FROZEN, "--strategy", strategy, *flags)
+    said = worlds.train(2, argv, "no_inductor")
     assert f"autocast {'bf16' if 'bf16' in flags else 'no'}, {strategy}\n" in said
     assert_same_training(tmp_path, reference, 4, tolerance)
 

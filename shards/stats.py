@@ -15,8 +15,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from shards.captions import SWITCHES, switches
 from shards.console import Parser
 from shards.dataset import Dataset, Index, load_dataset, open_index
+from shards.stats_captions import show as show_captions
 from shards.workers import default_workers
 
 
@@ -31,6 +33,14 @@ def main(argv: list[str] | None = None) -> int:
         type=Path,
         help="write one page that opens anywhere: charts, samples, near copies, leaks between splits",
     )
+    parser.add_argument("--captions", action="store_true", help="instead: captions before and after --clean")
+    parser.add_argument(
+        "--clean",
+        action="append",
+        default=[],
+        metavar="a,b,c",
+        help=f"with --captions: what to clean, of {', '.join(SWITCHES)}",
+    )
     parser.add_argument(
         "--most-images",
         type=_at_least_one,
@@ -42,6 +52,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     dataset = load_dataset(args.data)
     names = [dataset.split(args.split).name] if args.split else list(dataset.splits)
+    if args.clean and not args.captions:
+        parser.error("--clean goes with --captions")
+    if args.captions and args.html:
+        parser.error("--captions prints tables; the page of --html has captions of its own")
+    if args.captions:
+        show_captions(args.data, dataset, names, switches(args.clean), as_json=args.json)
+        return 0
     if args.html:
         from shards import stats_html  # here, because drawing takes a second to load
 

@@ -3,20 +3,19 @@
 All of it is counted from the index; nothing here opens a picture or knows about HTML.
 """
 
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.sparse import csr_array, triu
 
+from shards.captions import caption_texts, clean
 from shards.dataset import Dataset, Index
 from shards.duplicates import Copies
 from shards.pictures import Survey
 
 NO_GROUP = "no group"
-WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 LEAST_TOGETHER = 3  # images; a pair that met less often says nothing
 
 
@@ -127,26 +126,18 @@ def strongest_pairs(both: csr_array, images: int, names: Sequence[str], most: in
 
 def clean_words(caption: str) -> list[str]:
     """The caption in lower case without punctuation and without scikit-learn's English stop words."""
-    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS  # here, because it takes a second to load
-
-    return [word for word in WORD.findall(caption.lower()) if word not in ENGLISH_STOP_WORDS]
+    return clean(caption, ("punctuation", "lower", "stopwords")).split()
 
 
 def caption_words(name: str, index: Index, frequent: Counter) -> Captions | None:
     """Words per caption of one split, None where it has no captions; counts the clean words into `frequent`."""
     before, after = [], []
-    for caption in _texts(index):
+    for caption in filter(None, caption_texts(index)):
         words = clean_words(caption)
         before.append(len(caption.split()))
         after.append(len(words))
         frequent.update(words)
     return Captions(name, np.array(before), np.array(after)) if before else None
-
-
-def _texts(index: Index) -> Iterator[str]:
-    column = index.batch.column("caption")
-    for start in range(0, len(column), 4096):
-        yield from filter(None, column.slice(start, 4096).to_pylist())
 
 
 def labels_differ(survey: Survey, group: Copies, indexes: Mapping[str, Index]) -> bool:

@@ -1,5 +1,6 @@
 """Index files without tars: rows with labels that are as uneven as real ones, for what only looks at the index."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ CLASSES = ("cat", "dog", "owl", "tag::a=b", "nothing")
 FREQUENCY = (0.6, 0.25, 0.01, 0.1, 0.0)
 
 
-def make_index(folder: Path, rows: int, seed: int) -> Index:
+def make_index(folder: Path, rows: int, seed: int, captions: Sequence[str] | None = None) -> Index:
     """Split `train` of a data set: five classes, the last without samples; some rows without labels, some weights 0."""
     row = np.arange(rows)
     draw = [uniform(seed, 999, row, column) for column in range(8)]  # golden values rest on it: no library's stream
@@ -25,7 +26,7 @@ def make_index(folder: Path, rows: int, seed: int) -> Index:
         "size": (10 + draw[5] * 990).astype(int).tolist(),
         "ext": [("jpg", "png")[row % 2] for row in range(rows)],
         "labels": [np.flatnonzero(row).tolist() for row in has],
-        "caption": [f"caption {row % 7}" for row in range(rows)],
+        "caption": captions or [f"caption {row % 7}" for row in range(rows)],
         "fold": [row % 5 for row in range(rows)],
         "weight": np.where(draw[6] < 0.1, 0, draw[7] * 3).tolist(),
         "crc32": [0] * rows,

@@ -9,7 +9,7 @@ meets the same neighbours.
 import ctypes
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -82,12 +82,18 @@ def plan_batches(global_batch: int | None, batch_size: int, world_size: int, *, 
     return BatchPlan(global_batch, batch_size, world_size)
 
 
-def train_positions(samples_seen: int, total: int, plan: BatchPlan, rank: int) -> Iterator[range]:
-    """Positions of each micro-batch of one rank, from `samples_seen` until at least `total` samples are read."""
+def train_positions(
+    samples_seen: int, total: int, plan: BatchPlan, rank: int, arrange: Callable[[range], Sequence[int]] | None = None
+) -> Iterator[Sequence[int]]:
+    """Positions of each micro-batch of one rank, from `samples_seen` until at least `total` samples are read; `arrange`
+    gives the positions of a global batch another order."""
     for start in range(samples_seen, total, plan.global_batch):
+        positions = range(start, start + plan.global_batch)
+        if arrange:
+            positions = arrange(positions)
         for micro in range(plan.accumulation):
-            first = start + (micro * plan.world_size + rank) * plan.batch_size
-            yield range(first, first + plan.batch_size)
+            first = (micro * plan.world_size + rank) * plan.batch_size
+            yield positions[first : first + plan.batch_size]
 
 
 def eval_blocks(rows: np.ndarray, batch_size: int, world_size: int, rank: int) -> Iterator[list[int]]:

@@ -92,6 +92,20 @@ class Mix:
             mixed = mixed.index_copy(0, places, target[sources].amax(1))
         return mixed
 
+    def shares(self, device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(int64 [B, K], float32 [B, K]): of which samples of the micro-batch each one is made, and the share of each,
+        1 in all; for what belongs to the images and is mixed like them, such as features of their captions. K is 2,
+        with grids 4; the cells of a grid share alike."""
+        own = torch.arange(len(self.lam))
+        index, share = torch.stack([own, own ^ 1], 1), torch.stack([self.lam, 1 - self.lam], 1)
+        if self.grids:
+            index, share = torch.cat([index, own[:, None].expand(-1, 2)], 1), F.pad(share, (0, 2))
+        for grid in self.grids:
+            cells = grid.sources.shape[1]
+            index[grid.places, :cells], share[grid.places] = grid.sources, 0.0
+            share[grid.places, :cells] = 1 / cells
+        return index.to(device, non_blocking=True), share.to(device, non_blocking=True)
+
     def described(self) -> list[tuple[str | None, list[int], float]]:
         """(how, from which samples of the micro-batch, own share) of each; None and no samples where it is whole."""
         found: list[tuple[str | None, list[int], float]] = [

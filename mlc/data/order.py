@@ -15,7 +15,7 @@ ROUNDS = 8  # four make a Feistel network pseudo-random (Luby and Rackoff 1988);
 MIN_BITS = 8  # halves of fewer than four bits mix badly: tiny n walk a domain of 256 instead
 
 # Streams keep the draws of different purposes independent of each other.
-ORDER, AUGMENT, ERASE, MIX, DROPOUT, CUTOUT = range(1, 7)
+ORDER, AUGMENT, ERASE, MIX, DROPOUT, CUTOUT, CAPTION = range(1, 8)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

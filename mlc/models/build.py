@@ -139,14 +139,19 @@ def _first_line(error: Exception) -> str:
     return " ".join(lines[:2]) or type(error).__name__
 
 
-def load_weights(model: nn.Module, path: str | Path) -> bool:
+def load_weights(model: nn.Module, path: str | Path, *, part: str = "") -> bool:
     """Loads published or trained weights of the same backbone, see `read_weights`, into a model of `build_model`.
+
+    part: `image.` to take the image model's out of the weights of a model of images and captions.
 
     Weights made for another image or window size are resampled by timm's own `checkpoint_filter_fn` of the backbone.
     A classifier of another width or kind is left out, with a line that says so and False as the result. UserError for
     an unreadable file, and with a list for any other weight that is missing, left over or of another shape.
     """
-    state = _resampled(read_weights(Path(path)), model, path)
+    state = read_weights(Path(path))
+    if part:
+        state = {name.removeprefix(part): tensor for name, tensor in state.items() if name.startswith(part)}
+    state = _resampled(state, model, path)
     note = _drop_other_classifier(state, model)
     head = classifier_prefixes(model)
     own = model.state_dict()

@@ -3,7 +3,8 @@
     timm.create_model("local-dir:runs/NAME/best", pretrained=True)
 
 gives the same logits without this package, and no pickle is ever opened to read them. Only the heads of
-mlc/models/label_*.py and `mlp`, which timm does not have, need this package: `load_exported`.
+mlc/models/label_*.py and `mlp`, which timm does not have, need this package: `load_exported`. So do models of images
+and captions, whose `text/` beside these files says what the text's encoder is and holds its tokenizer.
 """
 
 import json
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mlc.models.build import fast_memory_format
+from mlc.models.fusion import Fused
 from mlc.models.heads import add_label_head, fold
 from mlc.models.swin_attention import use_fast_attention
 from shards.console import UserError
@@ -71,7 +73,7 @@ def timm_config(
             "first_conv": source.get("first_conv"),
             "classifier": source.get("classifier"),
         },
-        "mlc": {**extra, "crop": crop, **getattr(model, "head_spec", {})},
+        "mlc": {**extra, "crop": crop, **getattr(model, "head_spec", {}), **getattr(model, "fusion_spec", {})},
     }
 
 
@@ -81,6 +83,8 @@ def export(model: nn.Module, folder: str | Path, *, state: dict[str, Tensor] | N
     model: the bare model from `build_model` or its EMA; an `extra_linear` head is folded into timm's one classifier.
     state: the model's whole state dict, where the model holds only a part of it (FSDP2, ZeRO-3).
     described: what `timm_config` takes.
+
+    The tokenizer of captions is left to the caller: `tokenizer.save(folder / "text")`.
     """
     config = timm_config(model, **described)
     folder = Path(folder)
@@ -90,6 +94,10 @@ def export(model: nn.Module, folder: str | Path, *, state: dict[str, Tensor] | N
     with whole(folder / _WEIGHTS, SafetensorError) as building:
         save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, building, {"format": "pt"})
     write_config(config, folder)
+    if isinstance(model, Fused):
+        from mlc.models.text_export import export_text
+
+        export_text(model.text.encoder, folder, weights=False)
 
 
 def write_config(config: dict, folder: Path) -> None:
@@ -113,11 +121,9 @@ def load_exported(folder: str | Path) -> tuple[nn.Module, dict]:
     folder = Path(folder)
     config = _read_config(folder / _CONFIG)
     try:
-        own, classes = config.get("mlc", {}), config["num_classes"]
-        args = {**config.get("model_args", {}), "num_classes": 0 if "head" in own else classes, "pretrained": False}
-        model = timm.create_model(config["architecture"], **args)
-        if "head" in own:
-            add_label_head(model, own["head"], classes, own["head_kwargs"])
+        model = _built(config)
+        if "fusion" in config.get("mlc", {}):
+            model = _fused(model, config, folder)
     except (TypeError, ValueError, LookupError, AttributeError, AssertionError, RuntimeError) as error:
         raise UserError(f"{folder / _CONFIG}: timm {timm.__version__} cannot build this model: {error}") from error
     weights = folder / _WEIGHTS
@@ -131,6 +137,25 @@ def load_exported(folder: str | Path) -> tuple[nn.Module, dict]:
     return model.to(memory_format=fast_memory_format(model)).eval(), config
 
 
+def _built(config: dict) -> nn.Module | None:
+    own, classes = config.get("mlc", {}), config["num_classes"]
+    if own.get("fusion") == "none":
+        return None
+    args = {**config.get("model_args", {}), "num_classes": 0 if "head" in own else classes, "pretrained": False}
+    model = timm.create_model(config["architecture"], **args)
+    if "head" in own:
+        add_label_head(model, own["head"], classes, own["head_kwargs"])
+    return model
+
+
+def _fused(image: nn.Module | None, config: dict, folder: Path) -> Fused:
+    from mlc.models.text_export import load_text
+
+    own, encoder = config["mlc"], load_text(folder, weights=False)
+    kwargs = {name: own[name] for name in ("fusion", "fusion_kwargs", "empty")}
+    return Fused(image, encoder, num_classes=config["num_classes"], **kwargs)
+
+
 def _read_config(path: Path) -> dict:
     try:
         config = json.loads(path.read_text())
@@ -139,7 +164,7 @@ def _read_config(path: Path) -> dict:
     missing = [key for key in _REQUIRED if key not in config]
     if missing:
         raise UserError(f"{path}: no {missing[0]!r} in it; {_FIX}")
-    if not timm.is_model(str(config["architecture"])):
+    if config.get("mlc", {}).get("fusion") != "none" and not timm.is_model(str(config["architecture"])):
         raise UserError(f"{path}: timm {timm.__version__} has no model {config['architecture']!r}")
     if len(config["label_names"]) != config["num_classes"]:
         raise UserError(f"{path}: {len(config['label_names'])} label names for {config['num_classes']} classes")

@@ -15,6 +15,7 @@ class PooledFeatures:
 
     def __init__(self, model: nn.Module):
         """`model`: the bare one, before it is compiled or divided. Raises UserError for one without a classifier."""
+        model = getattr(model, "image", None) or model  # of images and captions: what it knows of the image
         # A label head is given places, [B, H, W, D], whatever the backbone's own layout.
         self._channels_last = hasattr(model, "label_head") or getattr(model, "output_fmt", "NCHW") == "NHWC"
         self._latest: Tensor | None = None

@@ -133,9 +133,9 @@ def feature_map(model: nn.Module, x: Tensor) -> Tensor:
     if x.ndim == 4:
         return x if getattr(model, "output_fmt", "NCHW") == "NHWC" else x.permute(0, 2, 3, 1)
     if x.ndim != 3:
+        asked = f"--head {model.head_spec['head']}" if hasattr(model, "head_spec") else "--fusion cross-attention"
         raise UserError(
-            f"--head {model.head_spec['head']} looks at places and {model.pretrained_cfg['architecture']} gives none; "
-            "use linear, mlp or lstm"
+            f"{asked} looks at places and {model.pretrained_cfg['architecture']} gives none; choose another"
         )
     x = x[:, getattr(model, "num_prefix_tokens", 0) :]
     side = math.isqrt(x.shape[1])
@@ -143,7 +143,10 @@ def feature_map(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def classifier_prefixes(model: nn.Module) -> tuple[str, ...]:
-    """What the names of the classifier's parameters begin with, whatever the head: all else is the backbone."""
+    """What the names of the classifier's parameters begin with, whatever the head: all else is the backbone. Of a model
+    of images and captions: of all its classifiers and of the fusion."""
+    if hasattr(model, "classifier_prefixes"):
+        return model.classifier_prefixes()
     return (f"{_PREFIX}.",) if hasattr(model, _PREFIX) else timm_classifiers(model)
 
 
@@ -177,15 +180,17 @@ def init_head_bias(model: nn.Module, prior: ArrayLike) -> None:
     classifier without a bias.
     """
     bias = torch.logit(torch.as_tensor(prior, dtype=torch.float64), eps=1e-4)
-    for weight, own in _last(model):
+    for weight, own in last_layers(model):
         if own is None:
             raise UserError("this model's classifier has no bias to set; use --head-bias zero")
         weight.zero_()
         own.copy_(bias)
 
 
-def _last(model: nn.Module) -> list[tuple[Tensor, Tensor | None]]:
+def last_layers(model: nn.Module) -> list[tuple[Tensor, Tensor | None]]:
     """(weight, bias) of the layers that the logits come from."""
+    if hasattr(model, "last_layers"):
+        return model.last_layers()
     if hasattr(model, _PREFIX):
         return [model.label_head.last()]
     classifier = model.get_classifier()

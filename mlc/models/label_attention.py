@@ -117,7 +117,7 @@ class _Layer(nn.Module):
 
     def __init__(self, dim: int, heads: int, hidden: int, dropout: float, reads: tuple[str, ...]):
         super().__init__()
-        self.attentions = nn.ModuleDict({name: _Attention(dim, heads, dropout) for name in reads})
+        self.attentions = nn.ModuleDict({name: Attention(dim, heads, dropout) for name in reads})
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in (*reads, "mlp"))
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
         nn.init.xavier_uniform_(self.fc1.weight)
@@ -134,7 +134,7 @@ class _Layer(nn.Module):
         return self.norms[-1](x + self.drop(self.fc2(self.drop(self.fc1(x).relu()))))
 
 
-class _Attention(nn.Module):
+class Attention(nn.Module):
     """torch's MultiheadAttention reads the weights of its last layer from outside, where a divided one is not whole."""
 
     def __init__(self, dim: int, heads: int, dropout: float):
@@ -145,12 +145,14 @@ class _Attention(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[B, N, dim], [B, M, dim] twice -> [B, N, dim]; mask bool [B, M]: which of M are there, at least one."""
+        mask = None if mask is None else mask[:, None, None]
         q, k, v = (
             layer(t).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for layer, t in ((self.q, q), (self.k, k), (self.v, v))
         )
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        x = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=self.dropout if self.training else 0.0)
         return self.out(x.transpose(1, 2).flatten(2))
 
 

@@ -28,15 +28,22 @@ def compile_blocks(model: nn.Module, mode: str = "default") -> None:
 
     Call it before `divide` and after the EMA is copied. Only `forward` is compiled, so that the hooks that gather and
     free weights stay outside. `mode` is torch.compile's; those with CUDA graphs do not fit blocks, each of which would
-    write over what the one before gave to it.
+    write over what the one before gave to it. A module that is `any_length` (a text model) has one code for captions of
+    all lengths.
     """
     _share_code(model)
     parts = blocks(model) or [model]
     # One limit for all that share a forward; each may be traced for training and for evaluation.
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, 4 * len(parts))
+    of_text = {id(part) for text in model.modules() if _any_length(text) for part in text.modules()}
     for part in parts:
-        part.forward = torch.compile(part.forward, dynamic=False, mode=mode)
+        dynamic = id(part) in of_text or any(map(_any_length, part.modules()))
+        part.forward = torch.compile(part.forward, dynamic=dynamic, mode=mode)
+
+
+def _any_length(module: nn.Module) -> bool:
+    return getattr(module, "any_length", False)
 
 
 def eager():

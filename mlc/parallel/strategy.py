@@ -26,7 +26,7 @@ from shards.console import UserError
 
 NAMES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # Accelerate's names
-_STACK = re.compile(r"blocks|layers|stages|layer\d+")
+_STACK = re.compile(r"blocks|layers|stages|layer\d*|albert_layers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,9 +205,11 @@ def _shard(model: nn.Module, accelerator: Accelerator, *, reshard: bool) -> None
         fully_shard(module, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
 
 
-def _not_a_view(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+def _not_a_view(module: nn.Module, inputs: Any, output: Any) -> Any:
     """FSDP2 hangs the gathering for the backward pass on the output, and an in-place operation on a view drops it."""
-    return output.clone() if output._is_view() else output
+    if isinstance(output, tuple):  # of text models
+        return tuple(_not_a_view(module, inputs, part) for part in output)
+    return output.clone() if isinstance(output, Tensor) and output._is_view() else output
 
 
 def refuse_other_files(then: str, now: str, *, path: object, weights_only: bool) -> None:
@@ -224,14 +226,14 @@ def refuse_other_files(then: str, now: str, *, path: object, weights_only: bool)
 
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The repeated parts of a timm backbone: members of a list that is called `blocks`, `layers`, `stages` or `layerN`
-    (SwinV2 `layers.0.blocks.1`, ViT `blocks.3`, ResNet `layer2.0`), the innermost where such lists are nested. A label
-    head's are not among them.
+    (SwinV2 `layers.0.blocks.1`, ViT `blocks.3`, ResNet `layer2.0`), or `layer` in a text model (BERT `encoder.layer.3`,
+    ALBERT `albert_layers.0`), the innermost where such lists are nested. A label head's are not among them.
     """
     members = [
         member
         for name, module in model.named_modules()
         if isinstance(module, nn.Sequential | nn.ModuleList) and _STACK.fullmatch(name.rpartition(".")[2])
-        if not name.startswith("label_head.")
+        if "label_head" not in name.split(".")
         for member in module
         if next(member.parameters(), None) is not None
     ]

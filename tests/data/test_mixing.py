@@ -205,3 +205,24 @@ def test_nothing_is_mixed_where_it_is_off():
     batch["position"] = torch.arange(3)
     assert prepare(batch, Config(), MEAN, STD, mixing=True)[2] is None
     assert prepare(batch, Config(**ALL), MEAN, STD, mixing=False)[2] is None
+
+
+@pytest.mark.parametrize("settings", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 1.0, "splicemix": 0.6}])
+def test_what_belongs_to_images_is_mixed_by_their_shares(settings):
+    """The share of each source is that in the labels, which are the source's own here; grids have the largest there."""
+    position = torch.arange(64)
+    mix = drawn(position, mixup_prob=0.8, **settings)
+    index, share = mix.shares()
+    assert index.dtype == torch.int64 and index.shape == share.shape == (64, 4 if mix.grids else 2)
+    torch.testing.assert_close(share.sum(1), torch.ones(64))
+    found = torch.zeros(64, 64).scatter_add_(1, index, share)
+    gridded = {place: grid.sources[n].tolist() for grid in mix.grids for n, place in enumerate(grid.places.tolist())}
+    assert bool(gridded) == ("splicemix" in settings)
+    labels = mix.labels(torch.eye(64))
+    for n in range(64):
+        if n in gridded:
+            expected = torch.zeros(64)
+            expected[gridded[n]] = 1 / len(gridded[n])
+            torch.testing.assert_close(found[n], expected)
+        else:
+            torch.testing.assert_close(found[n], labels[n])

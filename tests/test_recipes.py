@@ -33,7 +33,7 @@ SMALL = {
     "swinv2_large_window12to16_192to256": ("swinv2_large_window12to16_192to256", SWIN, 32),
     "efficientnet_b0": ("test_efficientnet", {}, 32),
     "efficientnet_b3": ("test_efficientnet", {}, 32),
-    "efficientnet_lite0": ("test_efficientnet", {}, 32),
+    "tf_efficientnet_lite0": ("test_efficientnet", {}, 32),
     "tresnet_l": ("tresnet_l", {**SHALLOW, "width_factor": 0.25}, 32),
     "legacy_senet154": ("legacy_seresnet18", {}, 32),
     "legacy_seresnext50_32x4d": ("legacy_seresnext50_32x4d", SHALLOW, 32),

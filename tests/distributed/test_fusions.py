@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate.state import PartialState
 from tiny_fusion import TOKENS, build, images
 from torch import nn
 
@@ -93,9 +92,10 @@ def test_two_processes_learn_what_one_does(tmp_path):
 @pytest.fixture
 def bf16(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a training that ran in this process before
     yield launch.start("bf16", group=True)
     dist.destroy_process_group()
-    PartialState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)

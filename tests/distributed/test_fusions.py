@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
 from tiny_fusion import TOKENS, build, images
 from torch import nn
 

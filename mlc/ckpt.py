@@ -9,12 +9,14 @@ import struct
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from mlc.captions import text_of_run
 from mlc.metrics import thresholds
 from mlc.models.export import write_config
 from mlc.models.heads import fold
@@ -175,6 +177,8 @@ def export_weights(folder: Place, out: Path, *, ema: bool) -> None:
     folded = _folded_head(folder, part, described, meta["export"]["pretrained_cfg"]["classifier"])
     write_safetensors(out / "model.safetensors", folder, part, described, folded)
     write_config(meta["export"], out)
+    if "fusion" in meta["export"]["mlc"]:
+        copytree(text_of_run(folder, meta["config"]), out / "text", dirs_exist_ok=True)
     best = meta["progress"].get("best") or {}
     threshold = best.get("threshold", meta["config"]["threshold"])
     value = best.get("f1_samples@tuned", float("nan"))

@@ -5,14 +5,13 @@ the flag. Durations are written `2ep`, `500st` or `10000ex` (epochs, optimizer s
 epochs. Only checkpoints may hang on the wall clock: `10min`.
 """
 
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from mlc.config_rules import RECOMPUTED as RECOMPUTED
+from mlc.config_rules import flag as flag
+from mlc.config_rules import impossible
 from shards.console import UserError
-
-RECOMPUTED = r"none|all|attention|every:([1-9]\d*)"  # what --grad-checkpointing takes
 
 
 @dataclass(kw_only=True)
@@ -90,6 +89,44 @@ class Config:
     """torch.compile's: `max-autotune-no-cudagraphs` tries several kernels for each product, which takes longer"""
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     """more arguments of the timm model, as k=v, e.g. --model-kwargs embed_dim=48 'depths=[2,2,2]'"""
+
+    # ---- Captions ----
+    text_model: str = ""
+    """read the captions too: a Hugging Face encoder by name or folder, RUN/best of a run with captions, or `bigru`
+    (docs/captions.md); '' for images alone"""
+    fusion: str = "none"
+    """how image and caption make one answer: concat, bilinear, early, gated, cross-attention, late; `none` with
+    --text-model: the captions alone"""
+    fusion_kwargs: dict[str, Any] = field(default_factory=dict)
+    """arguments of the fusion, as k=v"""
+    text_kwargs: dict[str, Any] = field(default_factory=dict)
+    """fields of the encoder's config.json, or arguments of `bigru`, as k=v"""
+    text_pool: Literal["cls", "mean", "attention"] = "cls"
+    """one vector of a Hugging Face encoder's words: of the first token, their mean, or by learned attention"""
+    max_tokens: int = 64
+    """captions are cut to so many tokens"""
+    clean: list[str] = field(default_factory=list)
+    """cleaning of captions: symbols, mentions, punctuation, lower, stopwords, lemmas; several with commas (`mlc stats
+    DIR --captions --clean a,b` shows what it does)"""
+    word_dropout: float = 0.0
+    """probability that a token is hidden"""
+    caption_dropout: float = 0.0
+    """probability that a caption is left out, so that the model learns to work without one"""
+    mix_captions: Literal["embeddings", "join", "off"] = "embeddings"
+    """captions of mixed images: their features are mixed as the images are; `join`: one text of all; `off`: each keeps
+    its own"""
+    embeddings: str = ""
+    """`bigru`: word vectors to start from, a .vec, .txt or .bin file (`mlc embed`)"""
+    text_lr_mult: float = 1.0
+    """factor of the text encoder's learning rate"""
+    text_layer_decay: float | None = None
+    """layer-wise decay of the text encoder's learning rate"""
+    load: str = ""
+    """start the image's part from this run, of images with or without captions"""
+    load_text: str = ""
+    """start the text's part from this run with captions"""
+    load_combine: str = ""
+    """start from this run of images and captions; where its fusion is another, from its parts"""
 
     # ---- Batch and length ----
     strategy: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"
@@ -306,66 +343,5 @@ class Config:
     """write the log for TensorBoard, to tensorboard/ in the run (pip install "mlc[tensorboard]")"""
 
     def __post_init__(self):
-        for message in _impossible(self):
+        for message in impossible(self):
             raise UserError(message)
-
-
-_RANGES = (
-    (("cutout", "mixup_switch_prob", "splicemix", "focal_alpha"), lambda x: 0 <= x <= 1, "in [0, 1]"),
-    (("asl_clip", "momentum"), lambda x: 0 <= x < 1, "in [0, 1)"),
-    (("layer_decay",), lambda x: 0 < x <= 1, "in (0, 1]"),
-    (("patience",), lambda x: x >= 1, "at least 1"),
-    (("weighted_beta",), lambda x: 0 < x < 1, "in (0, 1)"),
-    (("two_way_temp", "fbeta", "head_lr_mult", "decay_rate"), lambda x: x > 0, "above 0"),
-    (("cutmix", "focal_gamma", "asl_gamma_neg", "asl_gamma_pos"), lambda x: x >= 0, "at least 0"),
-)
-
-
-def _impossible(c: Config) -> Iterator[str]:
-    """One line for each combination that cannot be meant."""
-    for name in ("batch_size", "img_size", "log_interval", "checkpoint_hist"):
-        if getattr(c, name) != "auto" and getattr(c, name) < 1:
-            yield f"{flag(name)} must be at least 1, not {getattr(c, name)}"
-    if c.batch_size == "auto" and c.global_batch_size is None:
-        yield "--batch-size auto needs --global-batch-size, the samples of a step, which it divides"
-    for name in ("hflip", "vflip", "reprob", "mixup_prob", "kd_alpha", "smoothing", "drop", "drop_path", "threshold"):
-        if not 0 <= getattr(c, name) <= 1:
-            yield f"{flag(name)} must be in [0, 1], not {getattr(c, name)}"
-    for name in ("epochs", "lr", "kd_temp", "opt_eps", "crop_pct", "cache_gb", "collective_timeout"):
-        if not getattr(c, name) > 0:
-            yield f"{flag(name)} must be above 0, not {getattr(c, name)}"
-    at_least_0 = ("workers", "max_bad_samples", "mixup", "weight_decay", "warmup_lr", "min_lr", "wandb_samples")
-    for name in (*at_least_0, "kd_feature"):
-        if getattr(c, name) < 0:
-            yield f"{flag(name)} must not be negative, not {getattr(c, name)}"
-    for names, allowed, text in _RANGES:
-        for name in names:
-            if (value := getattr(c, name)) is not None and not allowed(value):
-                yield f"{flag(name)} must be {text}, not {value}"
-    for group, weight in c.group_weight.items():
-        if weight < 0:
-            yield f"--group-weight {group}={weight} must not be negative"
-    for name in ("scale", "ratio"):
-        low, high = getattr(c, name)
-        if not 0 < low <= high:
-            yield f"{flag(name)} takes a smaller and a larger number above 0, not {low} {high}"
-    if not re.fullmatch(RECOMPUTED, c.grad_checkpointing):
-        yield f"--grad-checkpointing {c.grad_checkpointing}: choose none, all, attention or every:K (every K-th block)"
-    if c.max_steps is not None and c.max_steps < 1:
-        yield f"--max-steps must be at least 1, not {c.max_steps}"
-    if c.pretrained and c.pretrained_path:
-        yield "--pretrained and --pretrained-path exclude each other; keep one"
-    if c.resume_weights_only and c.resume in ("", "auto"):
-        yield "--resume-weights-only needs --resume PATH, the checkpoint or run whose weights to start from"
-    if c.kd_alpha and not c.kd_teacher and c.kd_alpha != Config.kd_alpha:
-        yield f"--kd-alpha {c.kd_alpha} needs --kd-teacher"
-    if c.kd_rule == "max" and not c.kd_teacher:
-        yield "--kd-rule max needs --kd-teacher"
-    if "ema" in c.kd_teacher and not c.model_ema:
-        yield "--kd-teacher ema needs the averaged weights; take out --no-model-ema"
-    if c.kd_feature and (len(c.kd_teacher) != 1 or c.kd_teacher[0].lower().endswith((".csv", ".arrow"))):
-        yield "--kd-feature needs one --kd-teacher that is a model: a file has no features, several have no common ones"
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

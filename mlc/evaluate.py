@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mlc.batch_size import in_prediction
+from mlc.captions import captions_of
 from mlc.data.dataset import BadSamples
 from mlc.data.loader import readers
 from mlc.inference import tta_views
@@ -44,6 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         workers=options.workers,
         views=views,
         bad=BadSamples(options.max_bad_samples),
+        captions=captions_of(weights, info, reader),
         title=f"evaluate {options.split}",
     )
     if accelerator.is_main_process:

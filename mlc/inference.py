@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from mlc.data.dataset import BadSamples, EvalDataset
+from mlc.data.dataset import BadSamples, Batch, EvalDataset
 from mlc.data.loader import Waiting, eval_blocks, load
 from mlc.data.transforms import normalize
 from mlc.parallel.launch import Fetched
@@ -70,7 +70,8 @@ def logits_of_rows(
     `dataset`, each once.
 
     Rows whose image cannot be read do not come; `bad` counts them on all processes alike, and the first process names
-    them. All models see all views of an image that is decoded once. They are left in the mode they were in.
+    them. All models see all views of an image that is decoded once; of several captions their answers are averaged into
+    one, and without images there is one view. Models are left in the mode they were in.
     """
     modes = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
@@ -89,10 +90,10 @@ def logits_of_rows(
     before: Fetched | None = None
     with progress(title, len(blocks), enabled=bool(title) and accelerator.is_main_process) as advance:
         for batch in batches:
-            image = normalize(batch["image"], mean, std)
+            image = normalize(batch["image"], mean, std) if "image" in batch else None
             with accelerator.autocast():
-                seen = [view(image) for view in views]
-                each = [torch.stack([model(view).float() for view in seen], dim=1) for model in models]
+                seen = [None] if image is None else [view(image) for view in views]
+                each = [torch.stack([_answer(model, view, batch) for view in seen], dim=1) for model in models]
             logits = torch.stack(each, dim=1)
             fetched = Fetched(*accelerator.gather((batch["row"], batch["valid"].int(), logits)))
             batches.prepare()
@@ -105,6 +106,19 @@ def logits_of_rows(
             advance()
     for module, mode in modes:
         module.training = mode
+
+
+def _answer(model: torch.nn.Module, image: torch.Tensor | None, batch: Batch) -> torch.Tensor:
+    """Logits float32 [B, C] of an image, with captions those of the average of the probabilities with each of them."""
+    if "tokens" not in batch:
+        return model(image).float()
+    captions = zip(batch["tokens"].unbind(1), batch["token_mask"].unbind(1), strict=True)
+    each = torch.stack([model(image, tokens, mask).float() for tokens, mask in captions], dim=1)
+    if each.shape[1] == 1:
+        return each[:, 0]
+    share = batch["caption_weight"].log()[:, :, None]  # -inf where there is none
+    yes, no = (torch.logsumexp(share + F.logsigmoid(sign * each), 1) for sign in (1, -1))
+    return yes - no
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mlc.captions import Reading, model_inputs, text_only
 from mlc.config import Config
 from mlc.data.dataset import Batch
 from mlc.data.mixing import Mix
@@ -130,12 +131,15 @@ class Objective:
         student: nn.Module | None = None,
         autocast: Callable[[], AbstractContextManager],
         weights: Tensor | None = None,
+        reading: Reading | None = None,
     ):
-        """student: the bare model, before it is compiled or divided; for `--kd-feature` alone.
+        """student: the bare model, before it is compiled or divided; for `--kd-feature` and `--mix-captions join`.
         weights: float32 [C], what each column of the loss counts, see `loss_weights`.
+        reading: of the captions, if any.
         """
         self.loss, self.teachers = loss, teachers
-        self._config, self._weights, self._autocast = config, weights, autocast
+        self._config, self._weights, self._autocast, self._reading = config, weights, autocast, reading
+        self._most_tokens = student.text.encoder.max_tokens if reading else None
         self._features = FeaturePair(student, teachers[0].model, config.seed) if config.kd_feature else None
 
     @classmethod
@@ -150,6 +154,7 @@ class Objective:
         device: torch.device,
         normalization: tuple[Sequence[float], Sequence[float]],
         autocast: Callable[[], AbstractContextManager],
+        reading: Reading | None = None,
     ) -> "Objective":
         """That of the settings, for the bare `student`, its average and what is drawn from the data.
 
@@ -166,20 +171,29 @@ class Objective:
             loss=make_loss(config, dataset.group_columns),
             weights=loss_weights(config, dataset.group_columns, counts, device),
             teachers=open_teachers(
-                models, averaged=averaged, classes=dataset.classes, device=device, mean=mean, std=std
+                models,
+                averaged=averaged,
+                classes=dataset.classes,
+                device=device,
+                mean=mean,
+                std=std,
+                tokenizer=reading and reading.tokenizer,
+                images=not text_only(config),
             ),
             student=student,
             autocast=autocast,
+            reading=reading,
         )
 
     def __call__(
-        self, model: nn.Module, image: Tensor, target: Tensor, batch: Batch, mix: Mix | None
+        self, model: nn.Module, image: Tensor | None, target: Tensor, batch: Batch, mix: Mix | None
     ) -> tuple[Tensor, Tensor]:
-        """`batch`: its `soft` labels are mixed here as the targets were, by `mix`."""
+        """`batch`: its `soft` labels and its captions are mixed here as the targets were, by `mix`."""
         config = self._config
+        inputs = model_inputs(image, batch, mix, config, self._reading, self._most_tokens)
         with self._autocast():
-            logits = model(image)
-            taught = [teacher(image) for teacher in self.teachers]
+            logits = model(*inputs)
+            taught = [teacher(*inputs) for teacher in self.teachers]
         hard = smooth(target, config.smoothing)
         if not config.kd_teacher:
             loss = self.loss(logits, hard)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from mlc.batch_size import in_prediction
+from mlc.captions import captions_of, sees_images
 from mlc.data.dataset import BadSamples, EvalDataset
 from mlc.data.filters import select_rows
 from mlc.data.loader import readers
@@ -44,7 +45,8 @@ def main(argv: list[str] | None = None, load: Callable[[], tuple[torch.nn.Module
         torch.set_num_threads(1)
 
     # ---- Model and data
-    model, info = load() if load else load_exported(weights_folder(options.run, options.weights))
+    weights = None if load else weights_folder(options.run, options.weights)
+    model, info = load() if load else load_exported(weights)
     classes = info["label_names"]
     reader, rows, name = _open(options, classes)
 
@@ -59,6 +61,7 @@ def main(argv: list[str] | None = None, load: Callable[[], tuple[torch.nn.Module
         workers=options.workers,
         views=views,
         bad=BadSamples(options.max_bad_samples),
+        captions=weights and captions_of(weights, info, reader),
         title=f"predict {name}",
     )
     scores[~seen] = 0.0  # a submission needs its row; nothing was seen, so nothing is predicted
@@ -80,10 +83,10 @@ def main(argv: list[str] | None = None, load: Callable[[], tuple[torch.nn.Module
 
 
 def predict(
-    model, info, reader, rows, accelerator, *, batch_size, workers, views, bad, title=""
+    model, info, reader, rows, accelerator, *, batch_size, workers, views, bad, captions=None, title=""
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(probabilities float32 [N, C] of the rows int64 [N], averaged over the views, seen bool [N]), the same on every
-    process.
+    """(probabilities float32 [N, C] of the rows int64 [N], averaged over the views and captions, seen bool [N]), the
+    same on every process.
 
     Rows whose image could not be read are counted in `bad`, not seen, and NaN.
     """
@@ -98,7 +101,7 @@ def predict(
     scores = np.full((len(rows), len(info["label_names"])), np.nan, np.float32)
     for found, logits in logits_of_rows(
         [model],
-        EvalDataset(reader, transform, rows),
+        EvalDataset(reader, transform, rows, captions=captions, images=sees_images(info)),
         accelerator,
         batch_size=batch_size,
         workers=workers,

@@ -6,7 +6,7 @@ recipe comp5329-swin-l, the report's defaults. Flags that the report has not are
 
 Three things need more than other names. `--data_dir` holds CSVs and images, which are packed on first use. The weights
 that a training left are a run here: `swin_large_224_best.pth`, unless there is such a file, means the best weights of
-the run swin_large_224. Captions are read by nothing yet.
+the run swin_large_224. Captions are read by Hugging Face's BERT, or the folder of --text-model.
 """
 
 import csv
@@ -31,6 +31,7 @@ from shards.console import Parser, UserError, say
 from shards.dataset import JSON_NAME, load_dataset
 
 RECIPE = "comp5329-swin-l"
+TEXT_MODEL = "bert-base-uncased"  # its size is said, its case is not; --text-model is another, or its folder
 VAL_FRACTION = "0.1"  # stratified, as the report says; it does not say how large
 IMAGES = (".", "data", "images")  # where --data_dir may keep them
 SUBMISSIONS = Path("submissions")
@@ -74,6 +75,7 @@ FILES = {
 }
 _OWN_TOO = {"epochs", "batch_size", "img_size", "lr", "seed", "model", "threshold", "mixup", "weighted_loss"}
 _OWN_TOO |= {"kd_alpha", "kd_temp", "kd_teacher"}
+_WITH_CAPTIONS = {"load", "load_combine"}  # ours too, beside a flag that only we have: of a model with captions
 _BOOLEANS = {"true": True, "false": False}
 
 
@@ -104,10 +106,13 @@ def is_published(argv: list[str]) -> bool:
     """Whether a flag is there that only the report has, or one of ours with the report's True or False."""
     known = {*RENAMED, *SWITCHES, *NUMBERS, *FILES, "data_dir"}
     words = [word for arg in argv for word in arg.split("=", 1)]
+    own = _OWN_TOO
+    if {"--text-model", "--text_model", "--fusion", "-c", "--config"} & {*words}:
+        own = own | _WITH_CAPTIONS
     for word, value in pairwise([*words, ""]):
         name = word.removeprefix("--").replace("-", "_")
         if word.startswith("--") and name in known:
-            if name not in _OWN_TOO:
+            if name not in own:
                 return True
             if name in SWITCHES and value in ("True", "False"):
                 return True
@@ -118,14 +123,13 @@ def translate(argv: list[str]) -> list[str]:
     """The verb and flags of `mlc` for a command line of the report.
 
     Raises:
-        UserError: a flag that needs captions, or weights that are nowhere.
+        UserError: flags that exclude each other, or weights that are nowhere.
     """
     options, own = _parse(argv)
-    if options.bilinear_text or options.concat_text or options.load_combine:
-        raise UserError(
-            "--bilinear_text, --concat_text and --load_combine read captions, which this program cannot yet; "
-            "leave them out to work with the images alone"
-        )
+    if options.bilinear_text and options.concat_text:
+        raise UserError("--bilinear_text and --concat_text are two ways of the same; keep one")
+    if options.load_combine and not (options.bilinear_text or options.concat_text or options.test):
+        raise UserError(f"--load_combine {options.load_combine} needs --bilinear_text True or --concat_text True")
     if options.test:
         return ["predict", *_prediction(options), *own]
     given = [part for name, (ours, _) in RENAMED.items() if name in options for part in (f"--{ours}", options[name])]
@@ -202,6 +206,11 @@ def _training(o: _Options) -> list[str]:
         weights = _weights("--load", o.load, o.output)
         weights = weights / "best" / "model.safetensors" if (weights / "best").is_dir() else weights
         argv += ["--no-pretrained", "--pretrained-path", str(weights)]
+    if o.bilinear_text or o.concat_text:
+        argv += ["--text-model", TEXT_MODEL, "--fusion", "bilinear" if o.bilinear_text else "concat"]
+        argv += ["--mix-captions", "off"]  # the report mixes images alone
+    if o.load_combine:
+        argv += ["--no-pretrained", "--load-combine", str(_weights("--load_combine", o.load_combine, o.output))]
     if float(o.kd_alpha):
         argv += ["--kd-teacher", str(_teacher(o)), "--kd-alpha", o.kd_alpha, "--kd-temp", o.kd_temp]
     return argv

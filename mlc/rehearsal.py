@@ -17,6 +17,7 @@ from accelerate.utils import gather_object
 
 from mlc import stages
 from mlc.config import Config
+from mlc.data.dataset import Batch
 from mlc.parallel import storage
 from mlc.resume import checkpoint_root
 from mlc.runlog import memory_gb, read_log
@@ -44,9 +45,11 @@ def shortened(config: Config) -> Iterator[Config]:
                 storage.delete(checkpoint_root(config.checkpoint_dir, folder))
 
 
-def shapes(**tensors: torch.Tensor) -> str:
-    """`image float32 [8, 3, 256, 256], ...`"""
-    return ", ".join(f"{name} {str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for name, t in tensors.items())
+def shapes(batch: Batch, **tensors: torch.Tensor | None) -> str:
+    """`pixels uint8 [8, 3, 256, 256], ...`, of the inputs of a batch and of `tensors`, those that there are."""
+    named = {"pixels": batch.get("image"), "tokens": batch.get("tokens"), **tensors}
+    given = {name: tensor for name, tensor in named.items() if tensor is not None}
+    return ", ".join(f"{name} {str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for name, t in given.items())
 
 
 def report(accelerator: Accelerator, folder: Path, root: storage.Place, global_batch: int) -> list[str]:

@@ -21,7 +21,8 @@ from shards.console import UserError
 from shards.urls import is_url
 
 NETWORK = ("model", "head", "head_kwargs", "model_kwargs")  # other weights
-STREAM = ("seed", "img_size", "model_ema")  # another run with the same weights
+NETWORK += ("text_model", "text_kwargs", "text_pool", "fusion", "fusion_kwargs")
+STREAM = ("seed", "img_size", "model_ema", "clean", "max_tokens")  # another run with the same weights
 # What may differ without a word: where things lie, and how the run is started, watched and saved.
 SILENT = (
     "data",
@@ -31,6 +32,10 @@ SILENT = (
     "log_samples",
     "pretrained",
     "pretrained_path",
+    "embeddings",
+    "load",
+    "load_text",
+    "load_combine",
     "grad_checkpointing",
     "attention",
     "memory_format",

@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -174,9 +174,9 @@ class SampleLog:
     def add(self, batch: Batch, mix: Mix | None) -> None:
         """Takes one micro-batch: position, data set, row, crc32 of the augmented uint8 image, how it is mixed, of which
         positions, and its own share of that."""
-        image, position = batch["image"].cpu().numpy(), batch["position"].tolist()
-        crcs = [zlib.crc32(np.ascontiguousarray(pixels)) for pixels in image]
-        mixed = [(None, [], 1.0)] * len(image) if mix is None else mix.described()
+        position = batch["position"].tolist()
+        crcs = [zlib.crc32(np.ascontiguousarray(sample)) for sample in _seen(batch)]
+        mixed = [(None, [], 1.0)] * len(position) if mix is None else mix.described()
         mixed = [(how, [position[place] for place in places], share) for how, places, share in mixed]
         columns = (batch[name].tolist() for name in ("source", "row"))
         self._rows += zip(position, *columns, crcs, mixed, strict=True)
@@ -200,6 +200,14 @@ class SampleLog:
             }
             with disk_errors(Path(self._file.name)):
                 self._file.write(json.dumps(line) + "\n")
+
+
+def _seen(batch: Batch) -> Iterable[np.ndarray]:
+    """Each sample's augmented pixels, or its tokens without padding where no image is looked at."""
+    if "image" in batch:
+        return batch["image"].cpu().numpy()
+    rows = zip(batch["tokens"].cpu().numpy(), batch["token_mask"].cpu().numpy(), strict=True)
+    return [tokens[mask] for tokens, mask in rows]
 
 
 # ---- lines for people ------------------------------------------------------------------------------------------------

@@ -4,21 +4,36 @@ import re
 
 import torch
 
+from mlc.captions import Reading, load_text_parts, text_only
 from mlc.config import Config
 from mlc.data.sources import Sources
 from mlc.models.build import build_model
+from mlc.models.fusion import Fused
 from mlc.models.heads import classifier_prefixes, init_head_bias
+from mlc.models.text import layer_scales
 from mlc.optim.optimizers import make_optimizer
 from mlc.optim.param_groups import param_groups
 
 
-def model_of(config: Config, sources: Sources, *, published: bool) -> torch.nn.Module:
-    """The model, on the CPU and in training mode.
+def model_of(config: Config, sources: Sources, reading: Reading | None = None, *, published: bool) -> torch.nn.Module:
+    """The model, on the CPU and in training mode; `reading`: of the captions, if any.
 
     published: start from the published weights of the settings, if any; else what is loaded afterwards replaces them.
     """
-    sampler = sources.sampler
-    model = build_model(
+    sampler, classes = sources.sampler, sources.dataset.classes
+    model = None if text_only(config) else _image_model(config, sources, published)
+    if reading:
+        model = reading.model(model, config, num_classes=len(classes), published=published)
+    if config.head_bias == "prior":
+        samples = sampler.epoch_samples
+        init_head_bias(model, (sampler.expected_frequencies() * samples + 1) / (samples + 2))
+    if published:
+        load_text_parts(model, config, classes)
+    return model
+
+
+def _image_model(config: Config, sources: Sources, published: bool) -> torch.nn.Module:
+    return build_model(
         name=config.model,
         num_classes=len(sources.dataset.classes),
         img_size=config.img_size,
@@ -32,10 +47,12 @@ def model_of(config: Config, sources: Sources, *, published: bool) -> torch.nn.M
         model_kwargs=config.model_kwargs,
         attention=config.attention,
     )
-    if config.head_bias == "prior":
-        samples = sampler.epoch_samples
-        init_head_bias(model, (sampler.expected_frequencies() * samples + 1) / (samples + 2))
-    return model
+
+
+def _text_scales(model: Fused, config: Config) -> dict[str, float]:
+    """{name of a parameter of the text encoder: factor of its learning rate}"""
+    scales = layer_scales(model.text.encoder, config.text_layer_decay or 1.0)
+    return {f"text.encoder.{name}": config.text_lr_mult * scale for name, scale in scales.items()}
 
 
 def optimizer_of(model: torch.nn.Module, *, config: Config, only_elementwise: bool) -> torch.optim.Optimizer:
@@ -49,6 +66,7 @@ def optimizer_of(model: torch.nn.Module, *, config: Config, only_elementwise: bo
         layer_decay=config.layer_decay,
         lr_mult=factors,
         wd_mult=config.wd_mult,
+        scales=_text_scales(model, config) if config.text_model else None,
     )
     return make_optimizer(
         groups,

@@ -11,6 +11,7 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from shutil import copytree
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -21,9 +22,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mlc.batch_size import in_prediction
+from mlc.captions import captions_of
 from mlc.ckpt import export_weights
 from mlc.data.dataset import BadSamples
 from mlc.data.loader import readers
+from mlc.data.text import load_tokenizer, numbering
 from mlc.inference import tta_views
 from mlc.metrics import multilabel, thresholds
 from mlc.models.export import load_exported, write_config
@@ -51,7 +54,8 @@ def main(argv: list[str] | None = None) -> None:
         kept = list(named)
         if options.data:
             accelerator = launch.start(options.amp_dtype)
-            score = _scorer(options, model.to(accelerator.device), info, accelerator)
+            folder = next(iter(named.values()))
+            score = _scorer(options, model.to(accelerator.device), info, folder, accelerator)
             own = {name: score(average([folder]))[options.metric] for name, folder in named.items()}
             kept = greedy(named, own, score, options.metric) if options.greedy else kept
             for name, value in own.items() if not options.greedy else ():
@@ -164,11 +168,22 @@ def _same_kind(named: dict[str, Path]) -> tuple[torch.nn.Module, dict[str, Any]]
         for key in ("input_size", "mean", "std"):
             if theirs["pretrained_cfg"][key] != info["pretrained_cfg"][key]:
                 raise UserError(f"{name} sees its images with another {key} than {first}; they cannot be averaged")
+        mine, own = (_reads(place, about) for place, about in ((folder, info), (other, load_exported(other)[1])))
+        if own != mine:
+            raise UserError(f"{name} reads captions in another way than {first}; they cannot be averaged")
         if _shapes(other) != shapes:
             raise UserError(f"{name} has other tensors than {first}; only models of one kind can be averaged")
     if any(name.endswith("running_var") for name in shapes):
         say("note: the statistics of batch norm are averaged too, not measured anew; look at the score before use")
     return model, info
+
+
+def _reads(folder: Path, info: dict[str, Any]) -> tuple | None:
+    """How a model fuses and cleans captions, and which numbers their words have."""
+    own = info.get("mlc", {})
+    if "fusion" not in own:
+        return None
+    return own["fusion"], own["fusion_kwargs"], own.get("clean"), numbering(load_tokenizer(folder / "text"))
 
 
 def _shapes(folder: Path) -> dict[str, list[int]]:
@@ -179,7 +194,7 @@ def _shapes(folder: Path) -> dict[str, list[int]]:
 # ---- scores and output -----------------------------------------------------------------------------------------------
 
 
-def _scorer(options: Namespace, model: torch.nn.Module, info: dict[str, Any], accelerator) -> Score:
+def _scorer(options: Namespace, model: torch.nn.Module, info: dict[str, Any], folder: Path, accelerator) -> Score:
     dataset, reader, rows = open_rows(options, labelled=True)
     if info["label_names"] != list(dataset.classes):
         raise UserError(f"{options.data} has other classes than the models; score on the data they were trained for")
@@ -188,7 +203,8 @@ def _scorer(options: Namespace, model: torch.nn.Module, info: dict[str, Any], ac
         model.load_state_dict(state)
         kwargs = {"batch_size": options.batch_size, "workers": options.workers, "views": tta_views("")}
         bad = BadSamples(options.max_bad_samples)
-        scores, seen = predict(model, info, reader, rows, accelerator, bad=bad, title="score", **kwargs)
+        kwargs |= {"captions": captions_of(folder, info, reader), "bad": bad, "title": "score"}
+        scores, seen = predict(model, info, reader, rows, accelerator, **kwargs)
         return dict(multilabel.evaluate(scores[seen], reader.index.targets(rows[seen])))
 
     return score
@@ -212,6 +228,9 @@ def _write(
     with whole(out / "model.safetensors", SafetensorError) as building:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, building, {"format": "pt"})
     write_config(info, out)
+    text = next(iter(named.values())) / "text"
+    if text.is_dir():
+        copytree(text, out / "text", dirs_exist_ok=True)
     own = [named[name] / "thresholds.json" for name in kept]
     given = [thresholds.load(path)["global"] for path in own if path.is_file()]
     threshold, value = (float(np.mean(given)) if given else 0.5), math.nan

@@ -16,6 +16,7 @@ from shards.console import UserError, did_you_mean
 
 BANNERS = ("Optimisation", "Loss", "Augmentation")  # whose settings a stage may replace, and
 MORE = ("freeze", "drop", "drop_path", "grad_checkpointing", "eval_every", "threshold")
+MORE += ("text_lr_mult", "text_layer_decay", "word_dropout", "caption_dropout", "mix_captions")
 NOT = ("amp_dtype", "model_ema")  # of a whole run
 
 

@@ -18,6 +18,7 @@ from accelerate.utils import gather_object
 
 from mlc import batch_size, rehearsal, resume, stages
 from mlc.batch_size import in_evaluation, in_training
+from mlc.captions import model_name, open_reading, text_only
 from mlc.clock import Clock
 from mlc.config import Config
 from mlc.data.batch import prepare, random_batch, train_transform
@@ -74,6 +75,8 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
     dataset, sampler = sources.dataset, sources.sampler
     validation = open_validation(settings, dataset)
     refuse_unknown_metric(settings, dataset)
+    reading = open_reading(settings, sources, start.checkpoint, folder)
+    val_captions = reading.evaluation(validation[0].index) if reading and validation else None
     plan = batch_size.plan(settings, choice, world)
     progress = start.progress()
     lengths = {"epoch_samples": sampler.epoch_samples, "global_batch": plan.global_batch}
@@ -95,6 +98,8 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
     if start.checkpoint:
         identity = sources.identity()
         resume.compare(start.meta, settings, start=start, data=identity, classes=dataset.classes, facts=facts)
+        if reading:
+            reading.compare(start.meta, start.checkpoint)
         then = start.meta.get("strategy", "ddp")
         strategy.refuse_other_files(then, choice.name, path=start.checkpoint, weights_only=only_weights)
 
@@ -102,7 +107,7 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
     if config.deterministic:
         launch.only_deterministic()
     launch.seed_everything(config.seed)  # the same first weights on every rank
-    model = model_of(config, sources, published=not start.checkpoint)
+    model = model_of(config, sources, reading, published=not start.checkpoint)
     mean, std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
     transform = train_transform(config, mean)
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
@@ -121,6 +126,7 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
         device=device,
         normalization=(mean, std),
         autocast=accelerator.autocast,
+        reading=reading,
     )
 
     # ---- Optimizer ---------------------------------------------------------------------------------------------------
@@ -134,7 +140,9 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
 
         def trial(size: int) -> None:
             files = len(sources.soft) if sources.soft else 0
-            batch = random_batch(size, config.img_size, len(dataset.classes), device, soft=files)
+            images = not text_only(config)
+            batch = random_batch(size, config.img_size, len(dataset.classes), device, soft=files, images=images)
+            batch |= reading.random(size, device) if reading else {}
             image, target, mix = prepare(batch, config, mean, std, mixing=True)
             objective(bare, image, target, batch, mix)[0].backward()
 
@@ -179,7 +187,9 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
         resumed_step=step if start.checkpoint else None,
         steps=clock.steps,
     )
-    log.say(f"{config.model} at {config.img_size} px, {parameters:.1f} M parameters, on {device.type}")
+    if reading and accelerator.is_main_process:
+        reading.save(bare, folder)
+    log.say(f"{model_name(config)}, {parameters:.1f} M parameters, on {device.type}")
     log.say(
         f"{sampler.epoch_samples} training samples an epoch, {len(dataset.classes)} classes; autocast "
         f"{accelerator.mixed_precision}, {choice.name}"
@@ -216,7 +226,8 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
         launch.same_buffers(bare, averaged)
         weights = {"val": bare} | ({"val_ema": averaged} if ema else {})
         with compiler.eager(), in_evaluation(config):
-            results = evaluate(weights, *validation, config, dataset, accelerator, objective.loss, mean, std, val_bad)
+            told = (config, dataset, accelerator, objective.loss, mean, std, val_bad, val_captions)
+            results = evaluate(weights, *validation, *told)
         metrics = {name: result.metrics for name, result in results.items()}
         best_now = max(metrics, key=lambda name: goodness(metrics[name], config.eval_metric))
         samples = None
@@ -239,6 +250,8 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
         if not accelerator.is_main_process:
             return
         export(weights, folder / which, state=state, **described())
+        if reading:
+            reading.tokenizer.save(folder / which / "text")
         threshold, value = (found["threshold"], found["f1_samples@tuned"]) if found else (config.threshold, math.nan)
         thresholds.save(folder / which / "thresholds.json", metric="f1_samples", threshold=threshold, value=value)
 
@@ -253,7 +266,7 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
             "std": std,
             "crop": config.val_crop,
             "crop_pct": config.crop_pct,
-            "extra": {"step": step, "data": sources.fingerprint},
+            "extra": {"step": step, "data": sources.fingerprint} | (reading.described(config) if reading else {}),
         }
 
     def save_checkpoint() -> None:
@@ -267,6 +280,7 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
             "data": sources.identity(),
             "classes": dataset.classes,
             "export": timm_config(bare, **described()),
+            **(reading.facts() if reading else {}),
             **facts,
         }
         saver.save(step, meta, **divided.saved)
@@ -281,7 +295,14 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
             )
 
     stream = TrainDataset(
-        sampler, sources.readers, transform, config.seed, max_bad=config.max_bad_samples, soft=sources.soft
+        sampler,
+        sources.readers,
+        transform,
+        config.seed,
+        max_bad=config.max_bad_samples,
+        soft=sources.soft,
+        captions=reading and reading.training(config, sources),
+        images=not text_only(config),
     )
     positions = train_positions(samples_seen, stage.end, plan, rank)
     batches = Waiting(load(stream, positions, workers=config.workers, device=device), device)
@@ -309,7 +330,7 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
                 loss, logits = objective(model, image, target, batch, mix)
                 loss = loss / elements
                 if config.dry_run and step == micro == 0:
-                    log.say(rehearsal.shapes(pixels=batch["image"], image=image, target=target, logits=logits))
+                    log.say(rehearsal.shapes(batch, image=image, target=target, logits=logits))
                 divided.backward(loss * world)  # it takes the mean over ranks of what should be a sum
             batches.prepare()
             step_loss += loss.detach()

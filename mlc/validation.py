@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from mlc.captions import text_only
 from mlc.config import Config
+from mlc.data.captions import EvalCaptions
 from mlc.data.dataset import BadSamples, EvalDataset
 from mlc.data.reader import TarReader
 from mlc.data.transforms import EvalTransform
@@ -39,6 +41,7 @@ def evaluate(
     mean: Sequence[float],
     std: Sequence[float],
     bad: BadSamples,
+    captions: EvalCaptions | None = None,
 ) -> dict[str, Evaluation]:
     """Exact metrics of some rows of a split, {model: evaluation}, the same on every rank; images are decoded once.
 
@@ -49,7 +52,7 @@ def evaluate(
     transform = EvalTransform(size=config.img_size, crop=config.val_crop, crop_pct=config.crop_pct, mean=tuple(mean))
     for found, values in logits_of_rows(
         list(models.values()),
-        EvalDataset(reader, transform, rows),
+        EvalDataset(reader, transform, rows, captions=captions, images=not text_only(config)),
         accelerator,
         batch_size=config.validation_batch_size or config.batch_size,
         workers=min(config.workers, 2),

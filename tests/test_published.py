@@ -96,6 +96,7 @@ def test_each_flag_becomes_ours(flags, expected):
         "--help",
         "-c demo --data d --epochs 3 --batch_size 8 --lr 1e-3 --mixup 0.4",
         "--model-kwargs test=1 --weighted-loss effective --kd-alpha 0.5 --threshold 0.4",
+        "--text-model bigru --fusion concat --load runs/image --load-combine runs/both",
     ],
 )
 def test_our_own_command_lines_stay_ours(argv):
@@ -105,10 +106,9 @@ def test_our_own_command_lines_stay_ours(argv):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--bilinear_text True", "captions"),
-        ("--concat_text True", "captions"),
-        ("--load_combine combine.pth", "captions"),
-        (f"{LIST} --test swin_large.pth --load swin_large.pth --bilinear_text True", "captions"),
+        ("--bilinear_text True --concat_text True", "keep one"),
+        ("--load_combine combine.pth --exp_name a", "needs --bilinear_text True"),
+        ("--load_combine combine.pth --concat_text True", "--load_combine combine.pth: no such file"),
         ("--load nowhere.pth", "--load nowhere.pth: no such file"),
         ("--test nowhere_best.pth", "no weights of a run runs/nowhere"),
         ("--kd_alpha 0.5", "needs --kd_teacher"),

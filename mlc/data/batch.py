@@ -25,11 +25,14 @@ def train_transform(config: Config, mean: Sequence[float]) -> TrainTransform:
     return TrainTransform(size=config.img_size, mean=tuple(mean), **{name: getattr(config, name) for name in names})
 
 
-def random_batch(size: int, side: int, classes: int, device: torch.device, *, soft: int = 0) -> Batch:
+def random_batch(
+    size: int, side: int, classes: int, device: torch.device, *, soft: int = 0, images: bool = True
+) -> Batch:
     """What `prepare` and the objective need of a batch, with the soft labels of so many files."""
     more = {"soft": torch.rand(size, soft, classes, device=device)} if soft else {}
+    if images:
+        more["image"] = torch.randint(256, (size, 3, side, side), dtype=torch.uint8, device=device)
     return more | {
-        "image": torch.randint(256, (size, 3, side, side), dtype=torch.uint8, device=device),
         "target": torch.rand(size, classes, device=device),
         "position": torch.arange(size),
     }
@@ -37,14 +40,18 @@ def random_batch(size: int, side: int, classes: int, device: torch.device, *, so
 
 def prepare(
     batch: Batch, config: Config, mean: Sequence[float], std: Sequence[float], *, mixing: bool
-) -> tuple[torch.Tensor, torch.Tensor, Mix | None]:
-    """Normalised, erased and mixed on the device: image float32 [B, 3, H, W], target [B, C], how it was mixed."""
-    image, target = normalize(batch["image"], mean, std), batch["target"]
-    if config.cutout:
+) -> tuple[torch.Tensor | None, torch.Tensor, Mix | None]:
+    """Normalised, erased and mixed on the device: image float32 [B, 3, H, W] (None where no image is looked at), target
+    [B, C], how it was mixed."""
+    target, image = batch["target"], None
+    if "image" in batch:
+        image = normalize(batch["image"], mean, std)
+    if config.cutout and image is not None:
         image = cut_out(image, batch["position"], side=config.cutout, seed=config.seed)
-    if config.reprob:
+    if config.reprob and image is not None:
         image = erase(image, batch["position"], prob=config.reprob, mode=config.remode, seed=config.seed)
     if not mixing or together(config) == 1:
         return image, target, None
-    mix = draw_mix(batch["position"], config, *image.shape[2:])
-    return mix.image(image), mix.labels(target), mix
+    size = (config.img_size,) * 2 if image is None else image.shape[2:]
+    mix = draw_mix(batch["position"], config, *size)
+    return None if image is None else mix.image(image), mix.labels(target), mix

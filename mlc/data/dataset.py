@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
+from mlc.data.captions import EvalCaptions, TrainCaptions
 from mlc.data.order import AUGMENT, Draws
 from mlc.data.reader import FolderReader, TarReader
 from mlc.data.sampler import Sampler, plain
@@ -43,10 +44,13 @@ class TrainDataset:
         *,
         max_bad: int = 10,
         soft: SoftLabels | None = None,
+        captions: TrainCaptions | None = None,
+        images: bool = True,
     ):
-        """`readers`: one for each data set of the sampler; `soft`: adds its labels to the batch."""
+        """`readers`: one for each data set of the sampler; `soft`: adds its labels to the batch; `captions`: adds
+        `tokens` and `token_mask`; without `images` none is decoded, and the batch has no `image`."""
         self.sampler, self.readers, self.transform, self.seed = sampler, list(readers), transform, seed
-        self.max_bad, self.soft = max_bad, soft
+        self.max_bad, self.soft, self.captions, self.images = max_bad, soft, captions, images
         self._buffers = Buffers()
 
     @classmethod
@@ -60,17 +64,13 @@ class TrainDataset:
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         position, bad = np.asarray(positions, np.int64), []
         source, rows = self.sampler.locate(position)
-        for number, reader in enumerate(self.readers):
-            reader.expect(rows[source == number].tolist())
-        image = self._buffers.take(len(rows), self.transform.size)
-        pixels = image.numpy()
-        for place, p in enumerate(position.tolist()):
-            pixels[place], source[place], rows[place] = self._sample(p, int(source[place]), int(rows[place]), bad)
+        image = self._images(position, source, rows, bad) if self.images else None
         target = np.empty((len(rows), self.readers[0].index.num_classes), np.float32)
         for number, reader in enumerate(self.readers):
             own = source == number
             target[own] = reader.index.targets(rows[own])
         more = {"soft": torch.from_numpy(self.soft(source, rows))} if self.soft else {}
+        more |= self.captions(position, source, rows) if self.captions else {}
         return _batch(
             image,
             rows,
@@ -80,6 +80,16 @@ class TrainDataset:
             bad=torch.tensor(bad, dtype=torch.int64),
             **more,
         )
+
+    def _images(self, position: np.ndarray, source: np.ndarray, rows: np.ndarray, bad: list[int]) -> torch.Tensor:
+        """uint8 [B, H, W, 3]; where a neighbour took a place, `source` and `rows` say so afterwards."""
+        for number, reader in enumerate(self.readers):
+            reader.expect(rows[source == number].tolist())
+        image = self._buffers.take(len(rows), self.transform.size)
+        pixels = image.numpy()
+        for place, p in enumerate(position.tolist()):
+            pixels[place], source[place], rows[place] = self._sample(p, int(source[place]), int(rows[place]), bad)
+        return image
 
     def problem(self, position: int) -> tuple[str, str]:
         """(shard:key, what is wrong) of one of `bad`, found out by reading it again."""
@@ -112,15 +122,31 @@ class TrainDataset:
 class EvalDataset:
     """Rows -> samples in a fixed shape; `valid` is False for padding (row -1) and for an image that is bad."""
 
-    def __init__(self, reader: TarReader | FolderReader, transform: EvalTransform, rows: np.ndarray | None = None):
-        """`rows` int64 [n], ascending: those that take part (default: all)."""
-        self.reader, self.transform = reader, transform
+    def __init__(
+        self,
+        reader: TarReader | FolderReader,
+        transform: EvalTransform,
+        rows: np.ndarray | None = None,
+        *,
+        captions: EvalCaptions | None = None,
+        images: bool = True,
+    ):
+        """`rows` int64 [n], ascending: those that take part (default: all). `captions`: adds `tokens`, `token_mask` and
+        `caption_weight`; without `images` none is decoded, and the batch has no `image`."""
+        self.reader, self.transform, self.captions, self.images = reader, transform, captions, images
         self.rows = np.arange(len(reader)) if rows is None else rows
         self._buffers = Buffers()
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         rows = np.asarray(positions, np.int64)
-        valid, image = rows >= 0, self._buffers.take(len(rows), self.transform.size)
+        valid = rows >= 0
+        image = self._images(rows, valid) if self.images else None
+        more = self.captions(rows) if self.captions else {}
+        return _batch(image, rows, valid=torch.from_numpy(valid), **more)
+
+    def _images(self, rows: np.ndarray, valid: np.ndarray) -> torch.Tensor:
+        """uint8 [B, H, W, 3]; `valid` says afterwards which of them could be read."""
+        image = self._buffers.take(len(rows), self.transform.size)
         pixels = image.numpy()
         self.reader.expect(rows[valid].tolist())
         for place, row in enumerate(rows.tolist()):
@@ -128,7 +154,7 @@ class EvalDataset:
                 pixels[place] = self.transform(self.reader.read(row)) if row >= 0 else 0
             except BadImage:
                 valid[place], pixels[place] = False, 0
-        return _batch(image, rows, valid=torch.from_numpy(valid))
+        return image
 
     def problem(self, row: int) -> tuple[str, str]:
         """(shard:key or file, what is wrong) of a row that is not valid, found out by reading it again."""
@@ -200,10 +226,11 @@ def _blank(size: int) -> np.ndarray:
     return np.zeros((size, size, 3), np.uint8)
 
 
-def _batch(image: torch.Tensor, rows: np.ndarray, **more: torch.Tensor) -> Batch:
+def _batch(image: torch.Tensor | None, rows: np.ndarray, **more: torch.Tensor) -> Batch:
     """image [B, H, W, 3] -> the batch of DESIGN: `image` uint8 [B, 3, H, W], `row` int64 [B], `valid` bool [B].
 
     The image keeps its memory order (channels last); whoever makes floats of it on the device turns it.
     """
     row = torch.from_numpy(rows)
-    return {"image": image.permute(0, 3, 1, 2), "row": row, "valid": row >= 0, **more}
+    seen = {} if image is None else {"image": image.permute(0, 3, 1, 2)}
+    return {**seen, "row": row, "valid": row >= 0, **more}

@@ -5,6 +5,7 @@ is True is a token. A text that is empty still has one token, so that no softmax
 into the run and loaded again from there, so that a model never meets another numbering than its own.
 """
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -185,14 +186,22 @@ def pretrained_tokenizer(name: str, max_tokens: int = MAX_TOKENS) -> Pieces:
     return Pieces(fast, min(max_tokens, fast.model_max_length))
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer that `save` wrote into a folder, with its own `max_tokens`. Raises UserError."""
+def load_tokenizer(folder: str | Path, max_tokens: int | None = None) -> Tokenizer:
+    """The tokenizer that `save` wrote into a folder, with its own `max_tokens` or another. Raises UserError."""
     folder = Path(folder)
     if (folder / VOCABULARY).exists():
-        return Words.load(folder / VOCABULARY)
+        found: Tokenizer = Words.load(folder / VOCABULARY)
+        return Words(found.words, max_tokens) if max_tokens else found
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder, so no tokenizer")
-    return pretrained_tokenizer(str(folder), max_tokens=2**31)
+    found = pretrained_tokenizer(str(folder), max_tokens=2**31)
+    return Pieces(found._fast, max_tokens) if max_tokens else found
+
+
+def numbering(tokenizer: Tokenizer) -> str:
+    """The same for tokenizers that number the same words alike: a model of one reads the tokens of the other."""
+    names = tokenizer.words if isinstance(tokenizer, Words) else sorted(tokenizer._fast.get_vocab().items())
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
 
 
 def _from_hub(auto, name: str):

@@ -26,6 +26,7 @@ def param_groups(
     layer_decay: float | None = None,
     lr_mult: Mapping[str, float] | None = None,
     wd_mult: Mapping[str, float] | None = None,
+    scales: Mapping[str, float] | None = None,
 ) -> list[dict]:
     """`[{"params", "weight_decay", "lr_scale"}, ...]`; the learning rate of a group is the run's times its `lr_scale`.
 
@@ -36,6 +37,7 @@ def param_groups(
     layer_decay: d of layer-wise learning-rate decay, `lr_scale = d ^ (layers after it)`; which layer a parameter is of
         is timm's `group_matcher` (Clark et al. 2020, "ELECTRA"; Bao et al. 2021, "BEiT").
     lr_mult, wd_mult: {regular expression: factor}; the first that is found in a parameter's name counts.
+    scales: {name: one more factor of its learning rate}.
     UserError for an expression that finds nothing.
     """
     listed = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
@@ -50,7 +52,7 @@ def param_groups(
     for number, group in enumerate(groups):
         for parameter in group["params"]:
             name = names[id(parameter)]
-            scale = group.get("lr_scale", 1.0) * _factor(name, lr_mult or {})
+            scale = group.get("lr_scale", 1.0) * _factor(name, lr_mult or {}) * (scales or {}).get(name, 1.0)
             decay = group["weight_decay"] * _factor(name, wd_mult or {})
             own = found.setdefault((number, scale, decay), {"params": [], "weight_decay": decay, "lr_scale": scale})
             own["params"].append(parameter)

@@ -1,0 +1,96 @@
+"""Settings that cannot be meant: each is one line that names the flag, before anything is read or built."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+RECOMPUTED = r"none|all|attention|every:([1-9]\d*)"  # what --grad-checkpointing takes
+# What only a model with captions has.
+_CAPTIONS = ("fusion", "fusion_kwargs", "text_kwargs", "text_pool", "max_tokens", "clean", "word_dropout")
+_CAPTIONS += ("caption_dropout", "mix_captions", "embeddings", "text_lr_mult", "text_layer_decay")
+_CAPTIONS += ("load", "load_text", "load_combine")
+
+_RANGES = (
+    (("cutout", "mixup_switch_prob", "splicemix", "focal_alpha"), lambda x: 0 <= x <= 1, "in [0, 1]"),
+    (("asl_clip", "momentum"), lambda x: 0 <= x < 1, "in [0, 1)"),
+    (("word_dropout", "caption_dropout"), lambda x: 0 <= x <= 1, "in [0, 1]"),
+    (("layer_decay", "text_layer_decay"), lambda x: 0 < x <= 1, "in (0, 1]"),
+    (("patience", "max_tokens"), lambda x: x >= 1, "at least 1"),
+    (("weighted_beta",), lambda x: 0 < x < 1, "in (0, 1)"),
+    (("two_way_temp", "fbeta", "head_lr_mult", "text_lr_mult", "decay_rate"), lambda x: x > 0, "above 0"),
+    (("cutmix", "focal_gamma", "asl_gamma_neg", "asl_gamma_pos"), lambda x: x >= 0, "at least 0"),
+)
+
+
+def impossible(c: Any) -> Iterator[str]:
+    """One line for each value and combination of a `Config` that cannot be meant."""
+    for name in ("batch_size", "img_size", "log_interval", "checkpoint_hist"):
+        if getattr(c, name) != "auto" and getattr(c, name) < 1:
+            yield f"{flag(name)} must be at least 1, not {getattr(c, name)}"
+    if c.batch_size == "auto" and c.global_batch_size is None:
+        yield "--batch-size auto needs --global-batch-size, the samples of a step, which it divides"
+    for name in ("hflip", "vflip", "reprob", "mixup_prob", "kd_alpha", "smoothing", "drop", "drop_path", "threshold"):
+        if not 0 <= getattr(c, name) <= 1:
+            yield f"{flag(name)} must be in [0, 1], not {getattr(c, name)}"
+    for name in ("epochs", "lr", "kd_temp", "opt_eps", "crop_pct", "cache_gb", "collective_timeout"):
+        if not getattr(c, name) > 0:
+            yield f"{flag(name)} must be above 0, not {getattr(c, name)}"
+    at_least_0 = ("workers", "max_bad_samples", "mixup", "weight_decay", "warmup_lr", "min_lr", "wandb_samples")
+    for name in (*at_least_0, "kd_feature"):
+        if getattr(c, name) < 0:
+            yield f"{flag(name)} must not be negative, not {getattr(c, name)}"
+    for names, allowed, text in _RANGES:
+        for name in names:
+            if (value := getattr(c, name)) is not None and not allowed(value):
+                yield f"{flag(name)} must be {text}, not {value}"
+    for group, weight in c.group_weight.items():
+        if weight < 0:
+            yield f"--group-weight {group}={weight} must not be negative"
+    for name in ("scale", "ratio"):
+        low, high = getattr(c, name)
+        if not 0 < low <= high:
+            yield f"{flag(name)} takes a smaller and a larger number above 0, not {low} {high}"
+    if not re.fullmatch(RECOMPUTED, c.grad_checkpointing):
+        yield f"--grad-checkpointing {c.grad_checkpointing}: choose none, all, attention or every:K (every K-th block)"
+    if c.max_steps is not None and c.max_steps < 1:
+        yield f"--max-steps must be at least 1, not {c.max_steps}"
+    if c.pretrained and c.pretrained_path:
+        yield "--pretrained and --pretrained-path exclude each other; keep one"
+    if c.resume_weights_only and c.resume in ("", "auto"):
+        yield "--resume-weights-only needs --resume PATH, the checkpoint or run whose weights to start from"
+    if c.kd_alpha and not c.kd_teacher and c.kd_alpha != type(c).kd_alpha:
+        yield f"--kd-alpha {c.kd_alpha} needs --kd-teacher"
+    if c.kd_rule == "max" and not c.kd_teacher:
+        yield "--kd-rule max needs --kd-teacher"
+    if "ema" in c.kd_teacher and not c.model_ema:
+        yield "--kd-teacher ema needs the averaged weights; take out --no-model-ema"
+    if c.kd_feature and (len(c.kd_teacher) != 1 or c.kd_teacher[0].lower().endswith((".csv", ".arrow"))):
+        yield "--kd-feature needs one --kd-teacher that is a model: a file has no features, several have no common ones"
+    yield from _impossible_captions(c)
+
+
+def _impossible_captions(c: Any) -> Iterator[str]:
+    if not c.text_model:
+        for name in _CAPTIONS:
+            if getattr(c, name) not in ("", "none", None, {}, []) and getattr(c, name) != getattr(type(c), name, None):
+                image = "; an image model starts from --pretrained-path RUN/best" if name == "load" else ""
+                yield f"{flag(name)} needs --text-model, which reads the captions{image}"
+        return
+    if c.fusion == "none" and (c.load or c.load_combine):
+        yield f"{flag('load' if c.load else 'load_combine')} needs a --fusion: without one there is no image model"
+    if c.load_combine and (c.load or c.load_text):
+        yield "--load-combine has both parts; leave --load and --load-text out"
+    if c.load and (c.pretrained or c.pretrained_path):
+        yield "--load and --pretrained, --pretrained-path exclude each other; keep one"
+    if c.embeddings and c.text_model != "bigru":
+        yield f"--embeddings are word vectors for --text-model bigru, not for {c.text_model}"
+    if c.text_layer_decay and c.text_model == "bigru":
+        yield "--text-layer-decay: bigru has one layer; take --text-lr-mult"
+    if c.text_pool != "cls" and c.text_model == "bigru":
+        yield "--text-pool: bigru has a pooling of its own, --text-kwargs attention=true|false"
+    if c.kd_feature and c.fusion == "none":
+        yield "--kd-feature compares features of images, and without a --fusion none is looked at"
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

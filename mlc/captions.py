@@ -5,7 +5,8 @@ A tokenizer and the encoder's description lie in the run from its first step on 
 needs neither the folder of the pretrained model nor the same captions to number words as before.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,16 @@ from torch import Tensor, nn
 
 from mlc.config import Config
 from mlc.data.captions import EvalCaptions, TrainCaptions, cleaned, join, mixed_sources
-from mlc.data.dataset import Batch
-from mlc.data.mixing import Mix
+from mlc.data.dataset import Batch, TrainDataset
+from mlc.data.mixing import Mix, together
 from mlc.data.reader import FolderReader, TarReader
 from mlc.data.sources import Sources
 from mlc.data.text import Tokenizer, Words, load_tokenizer, numbering, pretrained_tokenizer
 from mlc.embed import read_embeddings
+from mlc.models.freeze import learning_norms
 from mlc.models.fusion import Fused
 from mlc.models.fusion_parts import load_combined, load_parts
-from mlc.models.text import build_text_model, text_folder
+from mlc.models.text import build_text_model, shares_layers, text_folder
 from mlc.models.text_export import export_text, load_text
 from mlc.parallel.storage import Place
 from shards.captions import switches
@@ -130,12 +132,35 @@ class Reading:
         )
 
 
+def by_length(stream: TrainDataset, config: Config) -> Callable[[range], list[int]] | None:
+    """What `--group-by-length` makes of the positions of a global batch, for `train_positions`."""
+    if not config.group_by_length:
+        return None
+    return partial(stream.captions.arranged, sampler=stream.sampler, together=together(config))
+
+
 def open_reading(config: Config, sources: Sources, checkpoint: Place | None, run: Path) -> Reading | None:
     """How the run reads captions, None where it does not; `checkpoint`: what it goes on from."""
     if not config.text_model:
         return None
     folders = [folder for folder in (_beside(checkpoint), run / "text") if folder and folder.is_dir()]
     return Reading(config, sources, folders[0] if checkpoint and folders else None)
+
+
+def refuse_untrainable(model: Fused, config: Config, *, recomputed: Sequence[nn.Module], zero_stage: int) -> None:
+    """Raises UserError for settings that this model cannot be trained with; recomputed: what `recompute` gave."""
+    norms = learning_norms(model) if config.group_by_length else []
+    if norms:
+        raise UserError(
+            f"--group-by-length: batch norm ({norms[0]}) would see captions of one length at a time; leave the flag "
+            "out, or batch norm: --fusion-kwargs norm=false, --text-kwargs norm=false, --freeze"
+        )
+    encoder = model.text.encoder
+    if zero_stage == 3 and shares_layers(encoder) and any(part in recomputed for part in encoder.modules()):
+        raise UserError(
+            f"--grad-checkpointing: layers of {config.text_model} share their weights, whose gradients DeepSpeed then "
+            "counts more than once under ZeRO-3; leave it out, or take --strategy ddp"
+        )
 
 
 def load_text_parts(model: nn.Module, config: Config, classes: Sequence[str]) -> None:

@@ -115,6 +115,9 @@ class Config:
     mix_captions: Literal["embeddings", "join", "off"] = "embeddings"
     """captions of mixed images: their features are mixed as the images are; `join`: one text of all; `off`: each keeps
     its own"""
+    group_by_length: bool = False
+    """order each global batch by the captions' lengths, so that its micro-batches have less padding; not with batch
+    norm"""
     embeddings: str = ""
     """`bigru`: word vectors to start from, a .vec, .txt or .bin file (`mlc embed`)"""
     text_lr_mult: float = 1.0

@@ -4,10 +4,12 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from shards.console import UserError
+
 RECOMPUTED = r"none|all|attention|every:([1-9]\d*)"  # what --grad-checkpointing takes
 # What only a model with captions has.
 _CAPTIONS = ("fusion", "fusion_kwargs", "text_kwargs", "text_pool", "max_tokens", "clean", "word_dropout")
-_CAPTIONS += ("caption_dropout", "mix_captions", "embeddings", "text_lr_mult", "text_layer_decay")
+_CAPTIONS += ("caption_dropout", "mix_captions", "embeddings", "text_lr_mult", "text_layer_decay", "group_by_length")
 _CAPTIONS += ("load", "load_text", "load_combine")
 
 _RANGES = (
@@ -76,6 +78,12 @@ def _impossible_captions(c: Any) -> Iterator[str]:
                 image = "; an image model starts from --pretrained-path RUN/best" if name == "load" else ""
                 yield f"{flag(name)} needs --text-model, which reads the captions{image}"
         return
+    from mlc.models.fusion import check_fusion  # which imports torch, and most settings have no captions
+
+    try:
+        check_fusion(c.fusion, c.fusion_kwargs)
+    except UserError as error:
+        yield str(error)
     if c.fusion == "none" and (c.load or c.load_combine):
         yield f"{flag('load' if c.load else 'load_combine')} needs a --fusion: without one there is no image model"
     if c.load_combine and (c.load or c.load_text):

@@ -17,24 +17,29 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._decomp.decompositions import gru_impl, lstm_impl
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mlc.models.build import build_model
+from mlc.models.fusion import Fused
+from mlc.models.text import build_text_model
 from mlc.parallel.recompute import recompute
 from mlc.parallel.strategy import AUTOCAST, blocks
 
 _FEW, _MANY = 2, 4  # images; batch norm wants more than one
+_RECURRENT = {torch.gru: gru_impl, torch.lstm: lstm_impl}
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Of a model and one image.
+    """Of a model and one image, with captions one image and its caption.
 
     Attributes:
-        parameters, trainable, largest: numbers of parameters: all, those that learn, those of the largest block.
+        parameters, trainable, largest: numbers of parameters: all, those that learn, those of the largest block or,
+            where these are more, those that are in none, such as word embeddings.
         flops, recomputed: FLOPs of a forward pass, and of what the backward pass computes again.
         activations, shared: bytes at the peak of the backward pass: of each image, and of a micro-batch of any size.
     """
@@ -48,27 +53,60 @@ class Costs:
     recomputed: int = 0
 
 
+@dataclass(frozen=True)
+class Text:
+    """Captions of `max_tokens` tokens; `text_model` and `fusion` as in `Config`, the fusion `none` being the captions
+    alone; `vocabulary`: words of `bigru`."""
+
+    text_model: str
+    fusion: str = "none"
+    max_tokens: int = 64
+    vocabulary: int | None = None
+
+    def model(self, image: nn.Module | None, num_classes: int) -> Fused:
+        vocabulary = self.vocabulary if self.text_model == "bigru" else None
+        encoder = build_text_model(self.text_model, pretrained=False, vocabulary=vocabulary)
+        return Fused(image, encoder, fusion=self.fusion, num_classes=num_classes, empty=[0])
+
+
 def count(
-    *, name: str, num_classes: int, img_size: int, amp: str = "none", attention: str = "fast", again: str = "none"
+    *,
+    name: str,
+    num_classes: int,
+    img_size: int,
+    amp: str = "none",
+    attention: str = "fast",
+    again: str = "none",
+    text: Text | None = None,
 ) -> Costs:
-    """The costs of a timm model; amp: bf16, fp16 or none; attention: as in `build_model`; again: as in `recompute`.
+    """The costs of a timm model; amp: bf16, fp16 or none; attention: as in `build_model`; again: as in `recompute`;
+    text: captions beside the images, or alone.
 
     Raises:
         UserError: an impossible model or mode.
     """
-    model = build_model(name=name, num_classes=num_classes, img_size=img_size, attention=attention)
+    images = text is None or text.fusion != "none"
+    model = build_model(name=name, num_classes=num_classes, img_size=img_size, attention=attention) if images else None
+    model = text.model(model, num_classes) if text else model
     parts = recompute(model, again)
+
+    def batch(size: int) -> tuple[Tensor | None, ...]:
+        image = torch.zeros(size, 3, img_size, img_size, device="cuda") if images else None
+        if text is None:
+            return (image,)
+        tokens = torch.ones(size, text.max_tokens, dtype=torch.long, device="cuda")
+        return image, tokens, tokens.bool()
+
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         _fake(model, mode)
-        few, many = (
-            peak(model, parts, torch.zeros(b, 3, img_size, img_size, device="cuda"), AUTOCAST.get(amp))
-            for b in (_FEW, _MANY)
-        )
+        few, many = (peak(model, parts, batch(size), AUTOCAST.get(amp)) for size in (_FEW, _MANY))
     each = [(m - f) // (_MANY - _FEW) for f, m in zip(few, many, strict=True)]
+    parameters = sum(p.numel() for p in model.parameters())
+    inside = [sum(p.numel() for p in block.parameters()) for block in blocks(model)]
     return Costs(
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=parameters,
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        largest=max(sum(p.numel() for p in block.parameters()) for block in blocks(model) or [model]),
+        largest=max([parameters - sum(inside), *inside]),
         activations=each[0],
         shared=few[0] - _FEW * each[0],
         flops=each[1],
@@ -77,20 +115,21 @@ def count(
 
 
 def peak(
-    model: nn.Module, parts: Sequence[nn.Module], images: Tensor, autocast: torch.dtype | None
+    model: nn.Module, parts: Sequence[nn.Module], batch: tuple[Tensor | None, ...], autocast: torch.dtype | None
 ) -> tuple[int, int, int]:
-    """(bytes kept at the worst moment, FLOPs of the forward pass, FLOPs computed again) of one batch.
+    """(bytes kept at the worst moment, FLOPs of the forward pass, FLOPs computed again) of one batch, the arguments of
+    the model.
 
     parts: what `recompute` has returned. Each has its own activations again when its turn comes in the backward pass,
     and a gradient as large as the largest of them, beside what was kept by all that came before it.
     """
     again = [vars(part).pop("forward") for part in parts]
-    plain = trace(model, images, parts, autocast)
+    plain = trace(model, *batch, parts=parts, autocast=autocast)
     for part, forward in zip(parts, again, strict=True):
         part.forward = forward
     if not parts:
         return plain.kept, plain.flops, 0
-    less = trace(model, images, parts, autocast)
+    less = trace(model, *batch, parts=parts, autocast=autocast)
     worst = max(
         own.kept + own.largest + now.before + now.kept for own, now in zip(plain.regions, less.regions, strict=True)
     )
@@ -122,9 +161,9 @@ class Pass:
 
 
 def trace(
-    model: nn.Module, images: Tensor, parts: Sequence[nn.Module] = (), autocast: torch.dtype | None = None
+    model: nn.Module, *batch: Tensor | None, parts: Sequence[nn.Module] = (), autocast: torch.dtype | None = None
 ) -> Pass:
-    """Runs `model` forward, on fake or real tensors of any device; a storage counts once.
+    """Runs `model` forward, on fake or real tensors of any device, the last of which there is; a storage counts once.
 
     Weights in low precision, of which autocast makes one copy a step, belong to the weights. `parts` get regions, in
     the order in which they run; they must not be nested.
@@ -157,13 +196,13 @@ def trace(
 
     hooks = [hook for p in parts for hook in (p.register_forward_pre_hook(enter), p.register_forward_hook(leave))]
     with (
-        _autocast(images.device.type, autocast),
+        _autocast(batch[-1].device.type, autocast),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        _FusedAttention(),
+        _Kernels(),
         weights,
         counter,
     ):
-        model(images)
+        model(*batch)
     for hook in hooks:
         hook.remove()
     return Pass(sum(kept.values()), counter.get_total_flops(), regions)
@@ -185,10 +224,13 @@ class _Weights(TorchDispatchMode):
         return out
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Fake tensors have no kernels to choose from: PyTorch would take attention to pieces."""
+class _Kernels(TorchFunctionMode):
+    """Fake tensors have no kernels to choose from: PyTorch would take attention to pieces, and ask for cuDNN where a
+    recurrent layer is better taken to pieces, whose gates are what cuDNN keeps of it."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in _RECURRENT and isinstance(args[0], torch._subclasses.FakeTensor):
+            return _RECURRENT[func](*args, **(kwargs or {}))
         if func is F.scaled_dot_product_attention and isinstance(args[0], torch._subclasses.FakeTensor):
             return _attention(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
@@ -227,3 +269,6 @@ def _fake(model: nn.Module, mode: FakeTensorMode, device: str = "cuda") -> None:
             setattr(module, name, nn.Parameter(fake, requires_grad=parameter.requires_grad))
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.empty_like(mode.from_tensor(buffer), device=device))
+        if isinstance(module, nn.RNNBase):  # which keeps lists of its weights, and would lay them out for cuDNN
+            with torch.backends.cudnn.flags(enabled=False):
+                module._init_flat_weights()

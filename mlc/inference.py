@@ -112,8 +112,7 @@ def _answer(model: torch.nn.Module, image: torch.Tensor | None, batch: Batch) ->
     """Logits float32 [B, C] of an image, with captions those of the average of the probabilities with each of them."""
     if "tokens" not in batch:
         return model(image).float()
-    captions = zip(batch["tokens"].unbind(1), batch["token_mask"].unbind(1), strict=True)
-    each = torch.stack([model(image, tokens, mask).float() for tokens, mask in captions], dim=1)
+    each = model(image, batch["tokens"], batch["token_mask"]).float()  # [B, K, C]
     if each.shape[1] == 1:
         return each[:, 0]
     share = batch["caption_weight"].log()[:, :, None]  # -inf where there is none

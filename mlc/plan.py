@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass
 from rich.console import Console
 from rich.table import Table
 
-from mlc.footprint import Costs, count
+from mlc.data.captions import cleaned
+from mlc.data.text import MAX_TOKENS, MOST_WORDS, Words
+from mlc.footprint import Costs, Text, count
 from shards.console import Parser, UserError, did_you_mean
 
 # Name: (memory in GiB, dense bf16 TFLOP/s) as the makers' data sheets give them; T4 and V100 have fp16 instead.
@@ -47,6 +49,9 @@ DIVIDED = {
 
 def costs(options: Namespace) -> Costs:
     """Raises UserError for an impossible model."""
+    text = None
+    if options.text_model:
+        text = Text(options.text_model, options.fusion, options.max_tokens, options.vocabulary)
     return count(
         name=options.model,
         num_classes=options.num_classes,
@@ -54,7 +59,12 @@ def costs(options: Namespace) -> Costs:
         amp=options.amp_dtype,
         attention=options.attention,
         again=options.grad_checkpointing,
+        text=text,
     )
+
+
+def text_only(options: Namespace) -> bool:
+    return bool(options.text_model) and options.fusion == "none"
 
 
 @dataclass(frozen=True)
@@ -112,7 +122,7 @@ def plan(options: Namespace) -> dict:
         "images_per_second": rate,
         "step_seconds": options.global_batch_size / rate,
         "hours": options.samples * options.epochs / rate / 3600 if options.samples else None,
-        "loader_cores_per_gpu": rate / options.gpus / options.images_per_core,
+        "loader_cores_per_gpu": None if text_only(options) else rate / options.gpus / options.images_per_core,
         "checkpoint_gb": state / 1e9,
         "checkpoint_seconds": state / 1e9 / options.disk_gb_per_second,
         "strategies": [asdict(estimate(name, c, options)) for name in strategies],
@@ -125,11 +135,11 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--gpu {options.gpu}: known are {', '.join(GPUS)}{did_you_mean(options.gpu, list(GPUS))}")
     if options.gpus < 1 or options.global_batch_size % options.gpus:
         raise UserError(f"--global-batch-size {options.global_batch_size} is not a multiple of --gpus {options.gpus}")
+    if options.fusion != "none" and not options.text_model:
+        raise UserError("--fusion needs --text-model, which reads the captions")
+    options.vocabulary = MOST_WORDS
     if options.data:
-        from shards.dataset import load_dataset
-
-        dataset = load_dataset(options.data)
-        options.num_classes, options.samples = len(dataset.classes), dataset.split("train").num_samples
+        _look_at_data(options)
     found = plan(options)
     if options.json:
         print(json.dumps(found))
@@ -138,11 +148,31 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _look_at_data(options: Namespace) -> None:
+    """Classes, samples and, for `bigru`, the words of the training split."""
+    from mlc.data.sources import open_split
+    from shards.dataset import load_dataset
+
+    dataset = load_dataset(options.data)
+    options.num_classes, options.samples = len(dataset.classes), dataset.split("train").num_samples
+    if options.text_model == "bigru":
+        options.vocabulary = len(Words.of(cleaned(open_split(dataset, "train"), ())))
+
+
+def _model_name(options: Namespace) -> str:
+    image = f"{options.model} at {options.img_size} px"
+    if not options.text_model:
+        return image
+    text = f"captions of {options.max_tokens} tokens by {options.text_model}"
+    return text if text_only(options) else f"{image}, {text}, {options.fusion}"
+
+
 def _say(found: dict, options: Namespace) -> None:
     c, console = found["costs"], Console(highlight=False)
+    a_sample, samples = ("a sample", "samples") if options.text_model else ("an image", "images")
     console.print(
-        f"{options.model} at {options.img_size} px: {c['parameters'] / 1e6:.1f} M parameters, "
-        f"{c['flops'] / 2e9:.1f} GMAC forward, {c['activations'] / 2**20:.0f} MiB of activations an image "
+        f"{_model_name(options)}: {c['parameters'] / 1e6:.1f} M parameters, "
+        f"{c['flops'] / 2e9:.1f} GMAC forward, {c['activations'] / 2**20:.0f} MiB of activations {a_sample} "
         f"and {c['shared'] / 2**20:.0f} MiB for all"
     )
     table = Table(title=f"{options.gpus} x {options.gpu}, global batch {options.global_batch_size}")
@@ -158,9 +188,10 @@ def _say(found: dict, options: Namespace) -> None:
     console.print(table)
     hours = f", {found['hours']:.1f} h for {options.epochs:g} epochs" if found["hours"] else ""
     rate, seconds = found["images_per_second"], found["step_seconds"]
+    console.print(f"at {options.mfu:.0%} MFU: {rate:.0f} {samples}/s, {seconds:.2f} s a step{hours}")
+    if cores := found["loader_cores_per_gpu"]:
+        console.print(f"loader: {math.ceil(cores)} cores per GPU at {options.images_per_core} images/s each")
     console.print(
-        f"at {options.mfu:.0%} MFU: {rate:.0f} images/s, {seconds:.2f} s a step{hours}\n"
-        f"loader: {math.ceil(found['loader_cores_per_gpu'])} cores per GPU at {options.images_per_core} images/s each\n"
         f"checkpoint: {found['checkpoint_gb']:.1f} GB, {found['checkpoint_seconds']:.0f} s in the background at "
         f"{options.disk_gb_per_second:g} GB/s"
     )
@@ -174,6 +205,9 @@ def _parser() -> Parser:
     )
     add = parser.add_argument
     add("--model", default="swinv2_large_window12to16_192to256", help="any timm backbone (default: %(default)s)")
+    add("--text-model", default="", help="captions too: an encoder's name or folder, or bigru, as of train.py")
+    add("--fusion", default="none", help="of image and captions; none with --text-model: the captions alone")
+    add("--max-tokens", type=int, default=MAX_TOKENS, help="of each caption (default: %(default)s)")
     add("--img-size", type=int, default=256, help="pixels of a side (default: 256)")
     add("--num-classes", type=int, default=20, help="without --data (default: 20)")
     add("--data", help="packed data set: its classes, and its samples for the hours")

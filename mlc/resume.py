@@ -17,6 +17,7 @@ from mlc.config import Config, flag
 from mlc.flags import read_yaml
 from mlc.parallel import storage
 from mlc.parallel.storage import META, Place
+from shards.captions import switches
 from shards.console import UserError
 from shards.urls import is_url
 
@@ -224,7 +225,7 @@ def compare(
         start.notices.append(f"weights of {path}, made in {meta['progress']['step']} steps; training starts anew")
         return
     for name in STREAM:
-        if then.get(name, now[name]) != now[name]:
+        if _meant(name, then.get(name, now[name])) != _meant(name, now[name]):
             raise UserError(
                 f"{_another(path, name, then[name], now[name])}; use the same one, or start a new --experiment with "
                 f"--resume {path} --resume-weights-only"
@@ -268,6 +269,11 @@ def _compare_data(meta: dict[str, Any], config: Config, start: Start, data: dict
             )
         start.notices.append(f"{difference}; --allow-data-change: going on all the same")
         meta["progress"]["bad"] = {}  # of the other data set
+
+
+def _meant(name: str, value: Any) -> Any:
+    """The switches of --clean run in one order, however they are written."""
+    return switches(value) if name == "clean" else value
 
 
 def _may_differ(name: str, then: dict[str, Any], now: dict[str, Any]) -> bool:

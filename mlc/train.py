@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 
 from mlc import batch_size, rehearsal, resume, stages
 from mlc.batch_size import in_evaluation, in_training
-from mlc.captions import model_name, open_reading, text_only
+from mlc.captions import by_length, model_name, open_reading, refuse_untrainable, text_only
 from mlc.clock import Clock
 from mlc.config import Config
 from mlc.data.batch import prepare, random_batch, train_transform
@@ -135,7 +135,9 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
         compiler.need_compiler(device)
         for module in (bare, *(teacher.model for teacher in objective.teachers)):
             compiler.compile_blocks(module, config.compile_mode)
-    recompute(bare, config.grad_checkpointing)
+    recomputed = recompute(bare, config.grad_checkpointing)
+    if reading:
+        refuse_untrainable(bare, config, recomputed=recomputed, zero_stage=choice.zero_stage)
     if config.batch_size == "auto":
 
         def trial(size: int) -> None:
@@ -304,7 +306,7 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
         captions=reading and reading.training(config, sources),
         images=not text_only(config),
     )
-    positions = train_positions(samples_seen, stage.end, plan, rank)
+    positions = train_positions(samples_seen, stage.end, plan, rank, by_length(stream, config))
     batches = Waiting(load(stream, positions, workers=config.workers, device=device), device)
     trained = trained_columns(config, dataset.group_columns, len(dataset.classes))
     elements = plan.global_batch * len(trained)  # the loss is a sum, divided once by the whole step's count

@@ -8,7 +8,7 @@ import torch
 from conftest import TINY
 from safetensors.torch import load_file
 from tiny_text import tiny
-from tiny_tokenizers import word_pieces
+from tiny_tokenizers import sentence_pieces, word_pieces
 
 SMALL = {
     "early": ["--fusion-kwargs", "width=8", "hidden=8"],
@@ -19,11 +19,14 @@ BIGRU = ["--text-model", "bigru", "--text-kwargs", "dim=12", "hidden=6", "dropou
 NO_DROPOUT = ["--text-kwargs", "hidden_dropout_prob=0", "attention_probs_dropout_prob=0"]
 
 
-def published_bert(folder: Path) -> Path:
-    """A folder as `hf download` leaves it: encoder and tokenizer."""
-    place = tiny("bert", folder, vocab_size=200, max_position_embeddings=80, hidden_dropout_prob=0.1)
+def hub_folder(kind: str, folder: Path) -> Path:
+    """A folder as `hf download` leaves it, of `bert`, `albert` or `deberta-v3`: encoder and tokenizer."""
+    place = tiny(kind, folder, vocab_size=200, max_position_embeddings=80, hidden_dropout_prob=0.1)
     config = (place / "config.json").read_text()
-    word_pieces(place)
+    if kind == "bert":
+        word_pieces(place)
+    else:
+        sentence_pieces(place, kind.replace("v3", "v2"))
     (place / "config.json").write_text(config)
     return place
 

@@ -8,6 +8,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
 from mlc import footprint
+from mlc.models.bigru import BiGru
 from mlc.models.build import build_model
 from mlc.parallel.recompute import recompute
 
@@ -66,6 +67,18 @@ def test_fast_attention_keeps_what_the_fused_kernel_does(name):
     assert 4 * (64 * 64 + hidden) <= few - expected < 4 * (64 * 64 + hidden) + 20_000
 
 
+@pytest.mark.parametrize("cell, gates", [("gru", 3), ("lstm", 4)])
+def test_a_recurrent_layer_is_counted(cell, gates):
+    """Products of words and of the state with the weights of each gate, in both directions; a closed form."""
+    model = BiGru(50, dim=12, hidden=16, cell=cell, attention=False)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        footprint._fake(model, mode)
+        tokens = torch.ones(4, 9, dtype=torch.long, device="cuda")
+        counted = footprint.trace(model, tokens, tokens.bool())
+    assert counted.flops == 2 * 2 * 4 * 9 * gates * 16 * (12 + 16)
+    assert counted.kept > 2 * 4 * 4 * 9 * gates * 16  # the gates and more, in float32
+
+
 @pytest.mark.parametrize("mode", ["none", "all", "every:2", "attention"])
 def test_the_peak_is_that_of_a_tracked_step(mode):
     """Forward and backward pass with PyTorch's own memory tracker, gradients there beforehand."""
@@ -90,7 +103,7 @@ def test_the_peak_is_that_of_a_tracked_step(mode):
         parts = recompute(model, mode)
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
             footprint._fake(model, fake)
-            counted.append(footprint.peak(model, parts, torch.zeros(batch, 3, 64, 64, device="cuda"), None)[0])
+            counted.append(footprint.peak(model, parts, (torch.zeros(batch, 3, 64, 64, device="cuda"),), None)[0])
     assert counted[1] - counted[0] == pytest.approx(tracked(16) - tracked(8), rel=0.05)
 
 
@@ -110,7 +123,7 @@ def test_what_is_computed_again_is_what_a_real_backward_pass_computes_again(name
     if (name, mode) == ("test_convnext", "attention"):
         pytest.skip("has none")
     counting = model()
-    counted = footprint.peak(counting, recompute(counting, mode), torch.rand(2, 3, 64, 64), None)
+    counted = footprint.peak(counting, recompute(counting, mode), (torch.rand(2, 3, 64, 64),), None)
     assert counted[2] == flops(mode) - flops("none") > 0
     assert all("forward" in vars(part) for part in recompute(model(), mode))
 

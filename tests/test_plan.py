@@ -6,10 +6,13 @@ from argparse import Namespace
 import pytest
 import timm
 import torch
+from tiny_text import tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 from mlc import plan
 from mlc.models.build import build_model
+from mlc.models.fusion import Fused
+from mlc.models.text import build_text_model
 from shards.console import run as run_verb
 
 
@@ -31,6 +34,10 @@ def options(**more) -> Namespace:
             "epochs": 1,
             "images_per_core": 1000,
             "disk_gb_per_second": 1.0,
+            "text_model": "",
+            "fusion": "none",
+            "max_tokens": 16,
+            "vocabulary": 100,
         }
         | more
     )
@@ -56,6 +63,28 @@ def test_modes_of_gradient_checkpointing_and_attention_reach_the_count():
     swin = {"model": "swinv2_tiny_window8_256"}
     fast, timms = (plan.costs(options(**swin, attention=a)).activations for a in ("fast", "timm"))
     assert timms > 1.1 * fast
+
+
+def test_captions_are_counted(tmp_path):
+    """As many parameters and FLOPs as the model has that is trained; words far outnumber a block's weights."""
+    told = {"text_model": str(tiny("bert", tmp_path, vocab_size=5000)), "fusion": "gated", "max_tokens": 16}
+    model = Fused(
+        build_model(name="resnet18", num_classes=5, img_size=64),
+        build_text_model(told["text_model"]),
+        fusion="gated",
+        num_classes=5,
+        empty=[0],
+    ).eval()
+    tokens = torch.ones(1, 16, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.rand(1, 3, 64, 64), tokens, tokens.bool())
+    both, image, text = (plan.costs(options(**more)) for more in (told, {}, told | {"fusion": "none"}))
+    assert both.flops == counter.get_total_flops()
+    assert both.parameters == sum(p.numel() for p in model.parameters())
+    assert both.activations > image.activations and both.flops > image.flops + 0.9 * text.flops
+    assert text.largest > 5000 * 32 > 2 * max(b.numel() for b in model.text.encoder.model.encoder.parameters())
+    longer = plan.costs(options(**told | {"fusion": "none", "max_tokens": 32}))
+    assert 1.9 < longer.activations / text.activations < 2.2
 
 
 def test_fixed_memory_is_that_of_a_real_optimizer():
@@ -95,6 +124,9 @@ def test_as_json_and_for_people(capsys, shards):
     assert found["hours"] > 0
     assert run_verb(plan.main, flags) == 0
     assert "micro-batch" in capsys.readouterr().out
+    assert run_verb(plan.main, ["--text-model", "bigru", "--json", "--data", str(shards)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["loader_cores_per_gpu"] is None and found["costs"]["parameters"] < 1_000_000
 
 
 @pytest.mark.parametrize(
@@ -103,6 +135,7 @@ def test_as_json_and_for_people(capsys, shards):
         (["--gpu", "h1000"], "--gpu h1000: known are"),
         (["--gpus", "3"], "--global-batch-size 32 is not a multiple of --gpus 3"),
         (["--model", "swinv3"], "has no model"),
+        (["--fusion", "gated"], "--fusion needs --text-model"),
         (["--model", "resnet18", "--grad-checkpointing", "every:0"], "choose none, all, attention or every:K"),
     ],
 )

@@ -3,16 +3,20 @@
 import csv
 import json
 import shutil
+from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from caption_runs import BIGRU, NO_DROPOUT, argv, published_bert, same, table, weights
+from caption_runs import BIGRU, NO_DROPOUT, argv, hub_folder, same, table, weights
 from conftest import log_of
+from tiny_text import tiny
+from torch.nn.modules.module import register_module_forward_hook
 
 from mlc import ckpt, evaluate, predict, published, soup, train
-from mlc.captions import open_reading
+from mlc.captions import open_reading, refuse_untrainable
 from mlc.config import Config
 from mlc.data.batch import prepare, train_transform
 from mlc.data.dataset import EvalDataset, TrainDataset
@@ -22,19 +26,21 @@ from mlc.data.text import load_tokenizer
 from mlc.data.transforms import EvalTransform, normalize
 from mlc.flags import read_config
 from mlc.models.export import load_exported
-from mlc.models.fusion import FUSIONS
+from mlc.models.fusion import FUSIONS, Fused
+from mlc.models.text import build_text_model
 from mlc.optim.losses import bce
 from mlc.parallel import launch
+from mlc.parallel.recompute import recompute
 from mlc.setup import model_of, optimizer_of
 from shards import pack
-from shards.captions import split_captions
+from shards.captions import most_captions, split_captions
 from shards.console import UserError
 from shards.dataset import load_dataset, open_index
 
 
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory) -> Path:
-    return published_bert(tmp_path_factory.mktemp("hub"))
+    return hub_folder("bert", tmp_path_factory.mktemp("hub"))
 
 
 @pytest.mark.parametrize("text", ["bert", "bigru"])
@@ -131,6 +137,49 @@ def test_joined_captions_are_one_text(shards, tmp_path, bert):
     assert log_of(tmp_path / "run")[0]["train/loss"] == pytest.approx(bce(logits, target).mean().item(), rel=2e-5)
 
 
+# ---- similar lengths together ----------------------------------------------------------------------------------------
+
+
+def test_similar_lengths_together_change_padding_alone(shards, tmp_path, bert, monkeypatch):
+    """The same positions, mixed with the same partners, and the same gradient: by SGD, weights show it."""
+    more = ["--text-model", str(bert), *NO_DROPOUT, *EXACT, "--opt", "sgd", "--lr", "0.1", "--caption-dropout", "0.2"]
+    more += ["-b", "4", "--global-batch-size", "32"]
+    met, found = [], {}
+    monkeypatch.setattr(train, "prepare", lambda batch, *told, **how: met.append(batch) or prepare(batch, *told, **how))
+    for name, flags in (("plain", []), ("grouped", ["--group-by-length"])):
+        met.clear()
+        log = tmp_path / f"{name}.jsonl"
+        train.main([*argv(shards, tmp_path, "gated", *more, name=name), "--log-samples", str(log), *flags])
+        positions = [batch["position"].tolist() for batch in met]
+        line = log_of(tmp_path / name)[0]
+        found[name] = positions, sum(batch["tokens"].numel() for batch in met), line, log.read_text()
+    (plain, padded, then, log), (grouped, less, now, same_log) = found.values()
+    assert np.concatenate(plain).tolist() == sorted(np.concatenate(grouped)) == list(range(32)) and plain != grouped
+    assert all(pair[0] % 2 == 0 and pair[1] == pair[0] + 1 for own in grouped for pair in (own[:2], own[2:]))
+    assert less < 0.9 * padded and log == same_log
+    assert now["train/loss"] == pytest.approx(then["train/loss"], rel=1e-5)
+    assert now["train/grad_norm"] == pytest.approx(then["train/grad_norm"], rel=1e-4)
+    one, other = weights(tmp_path / "plain" / "last"), weights(tmp_path / "grouped" / "last")
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize(
+    "fusion, flags, norm",
+    [
+        ("early", BIGRU, "fusion.image.1"),
+        ("gated", ["--text-model", "bigru", "--text-kwargs", "norm=true"], "text.encoder.norm"),
+        ("gated", [*BIGRU, "--model", "resnet10t", "--img-size", "64", "--model-kwargs", "in_chans=3"], "image."),
+    ],
+)
+def test_batch_norm_is_not_shown_one_length_at_a_time(shards, tmp_path, fusion, flags, norm):
+    flags = argv(shards, tmp_path, fusion, *flags, "--group-by-length")
+    with pytest.raises(UserError, match=rf"--group-by-length: batch norm \({norm}"):
+        train.main(flags)
+    if norm == "image.":  # frozen, they go by what they have learned
+        train.main([*flags, "--freeze", "^image"])
+
+
 # ---- stopped and resumed ---------------------------------------------------------------------------------------------
 
 
@@ -140,6 +189,7 @@ def test_stopped_and_resumed_is_never_stopped(shards, tmp_path, bert, text, fusi
     told = [*BIGRU, "--clean", "lower,punctuation"]
     if text == "bert":
         told = ["--text-model", str(shutil.copytree(bert, tmp_path / "hub"))]
+        told += ["--group-by-length", "-b", "4", "--global-batch-size", "12"]
     more = [*told, "--max-steps", "4", "--checkpoint-every", "2st", "--eval-every", "4st", "--splicemix", "0.5"]
     more += ["--word-dropout", "0.2", "--caption-dropout", "0.2", "--resume", "auto"]
     flags = argv(shards, tmp_path / "a", fusion, *more)
@@ -153,7 +203,7 @@ def test_stopped_and_resumed_is_never_stopped(shards, tmp_path, bert, text, fusi
     if text == "bert":
         for name in ("vocab.txt", "model.safetensors", "config.json"):
             (tmp_path / "hub" / name).unlink()
-    train.main(flags)
+    train.main([flag.replace("lower,punctuation", "punctuation,lower") for flag in flags])  # which is the same
     assert same(weights(tmp_path / "a" / "run" / "last"), weights(straight / "last"))
     assert [line["train/loss"] for line in log_of(tmp_path / "a" / "run") if "train/loss" in line] == [
         line["train/loss"] for line in log_of(straight) if "train/loss" in line
@@ -221,6 +271,19 @@ def test_a_prediction_is_the_mean_over_views_and_captions(several, tmp_path, fus
             each = [model(view, *parts).sigmoid() for view in views for parts in told]
         np.testing.assert_allclose(found[row], torch.stack(each).mean(0)[0], rtol=1e-4, atol=1e-6)
     assert kinds >= {1, 2, 3}
+
+
+def test_an_image_is_looked_at_once(several, tmp_path):
+    """Not once for each of its captions."""
+    train.main(argv(several, tmp_path, "gated", *BIGRU))
+    calls = Counter()
+    hook = register_module_forward_hook(lambda module, *_: calls.update([type(module).__name__]))
+    flags = ["--run", str(tmp_path / "run"), "--data", str(several), "--split", "val", "-j", "0", "-b", "7"]
+    predict.main([*flags, "--tta", "hflip"])
+    hook.remove()
+    index = open_index(load_dataset(several), "val")
+    blocks, captions = -(-len(index) // 7), most_captions(index)
+    assert captions > 2 and (calls["SwinTransformerV2"], calls["BiGru"]) == (2 * blocks, 2 * blocks * captions)
 
 
 def test_images_without_captions_are_answered(shards, demo_csv, tmp_path):
@@ -346,10 +409,24 @@ def test_the_reports_flags_for_captions():
     assert (config.text_model, config.fusion) == ("bert-base-uncased", "bilinear")
 
 
+def test_shared_layers_are_not_computed_again_under_zero3(tmp_path):
+    config = Config(text_model="hub/model", grad_checkpointing="all")
+    for kind in ("bert", "albert"):
+        model = Fused(None, build_text_model(str(tiny(kind, tmp_path))), fusion="none", num_classes=3, empty=[0])
+        again = recompute(model, "all")
+        refuse_untrainable(model, config, recomputed=again, zero_stage=2)
+        refuse_untrainable(model, config, recomputed=[], zero_stage=3)
+        with pytest.raises(UserError, match="hub/model share") if kind == "albert" else nullcontext():
+            refuse_untrainable(model, config, recomputed=again, zero_stage=3)
+
+
 @pytest.mark.parametrize(
     "settings, words",
     [
         ({"fusion": "early"}, "--fusion needs --text-model"),
+        ({"group_by_length": True}, "--group-by-length needs --text-model"),
+        ({"text_model": "bigru", "fusion": "gatd"}, "--fusion gatd: choose one of .* did you mean gated"),
+        ({"text_model": "bigru", "fusion": "gated", "fusion_kwargs": {"widht": 8}}, "did you mean width"),
         ({"load": "run"}, "--pretrained-path RUN/best"),
         ({"text_model": "bigru", "load_combine": "run"}, "--load-combine needs a --fusion"),
         ({"text_model": "bert", "embeddings": "a.vec"}, "word vectors for --text-model bigru"),

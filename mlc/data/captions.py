@@ -6,8 +6,6 @@ on world size, workers or micro-batch.
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -41,23 +39,23 @@ class TrainCaptions:
     def __call__(self, position: np.ndarray, source: np.ndarray, row: np.ndarray) -> dict[str, Tensor]:
         """Positions of the stream, their data sets and rows, int64 [B] each -> `tokens` int64 and `token_mask` bool,
         [B, L]."""
-        texts = [self.indexes[s].caption(r) for s, r in zip(source.tolist(), row.tolist(), strict=True)]
-        texts = draw_captions(texts, self.seed, position)
-        texts = drop_captions(texts, self.seed, position, self.caption_dropout)
+        texts = self._drawn(position, source, row)
         tokens, mask = self.tokenizer([clean(text, self.clean) for text in texts])
         tokens = hide_words(tokens, mask, self.seed, position, self.word_dropout, tokenizer=self.tokenizer)
         return {"tokens": torch.from_numpy(tokens), "token_mask": torch.from_numpy(mask)}
 
+    def _drawn(self, position: np.ndarray, source: np.ndarray, row: np.ndarray) -> list[str]:
+        """The caption of each position as it is in the data, "" where it is dropped."""
+        texts = [self.indexes[s].caption(r) for s, r in zip(source.tolist(), row.tolist(), strict=True)]
+        texts = draw_captions(texts, self.seed, position)
+        return drop_captions(texts, self.seed, position, self.caption_dropout)
+
     def arranged(self, positions: Sequence[int], *, sampler: Sampler, together: int) -> list[int]:
         """The positions of a global batch in the order of `arrange`, for `loader.train_positions`. A caption's length
-        is guessed from its bytes, so that nothing is tokenised for it."""
+        is guessed from its characters, so that nothing is cleaned or tokenised for it."""
         position = np.asarray(positions, np.int64)
-        source, row = sampler.locate(position)
-        lengths = np.zeros(len(position), np.int64)
-        for number, index in enumerate(self.indexes):
-            own = source == number
-            lengths[own] = pc.binary_length(index.batch.column("caption").take(pa.array(row[own]))).to_numpy()
-        return position[arrange(lengths, together)].tolist()
+        texts = self._drawn(position, *sampler.locate(position))
+        return position[arrange(np.array([len(text) for text in texts]), together)].tolist()
 
 
 class EvalCaptions:

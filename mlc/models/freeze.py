@@ -43,5 +43,14 @@ def train_mode(model: nn.Module) -> None:
     what is frozen computes the same for ever."""
     model.train()
     for module in model.modules():
-        if isinstance(module, _NORMS) and not any(parameter.requires_grad for parameter in module.parameters()):
+        if isinstance(module, _NORMS) and not _learns(module):
             module.eval()
+
+
+def learning_norms(model: nn.Module) -> list[str]:
+    """Names of the batch norms that use their batch's statistics in training."""
+    return [name for name, module in model.named_modules() if isinstance(module, _NORMS) and _learns(module)]
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())

@@ -128,19 +128,26 @@ class Fused(nn.Module):
         mix: TextMix | None = None,
     ) -> Tensor:
         """tokens int64 [B, L] and token_mask bool [B, L], one or more True in each row; None for no captions at all.
+            [B, K, L] for K captions of each image, which is looked at once -> logits [B, K, num_classes].
 
         mix: how the images were mixed (`Mix.shares`), for captions to be mixed alike; None leaves them as they are.
             Pooled features are mixed, which for a linear classifier is the same as to mix its logits.
         """
         if tokens is None:
             tokens, token_mask = self.text.none_for(image)
+        seen = None if self.image is None else self.image(image)
+        if tokens.ndim == 2:
+            return self._answer(seen, tokens, token_mask, mix)
+        captions = zip(tokens.unbind(1), token_mask.unbind(1), strict=True)
+        return torch.stack([self._answer(seen, *caption, mix) for caption in captions], 1)
+
+    def _answer(self, seen: Tensor | None, tokens: Tensor, token_mask: Tensor, mix: TextMix | None) -> Tensor:
+        """seen: what the image's part says, None without one."""
         words, pooled, there = self.text(tokens, token_mask)
-        if self.image is None:
+        if seen is None:
             return self.text.classifier(mixed(pooled, mix))
-        seen = self.image(image)
-        if (
-            self.fusion.reads == "places"
-        ):  # the caption as a whole is one more word: an encoder's pooling is trained too
+        if self.fusion.reads == "places":
+            # The caption as a whole is one more word: an encoder's pooling is trained too.
             words, token_mask = torch.cat((words, pooled[:, None]), 1), F.pad(token_mask, (0, 1), value=True)
             return self.fusion(feature_map(self.image, seen), words, token_mask, mix)
         if self.fusion.reads == "features":

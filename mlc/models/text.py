@@ -112,6 +112,12 @@ def layer_indices(encoder: nn.Module) -> dict[str, int]:
     return {name: index(name) for name, _ in encoder.named_parameters()}
 
 
+def shares_layers(encoder: nn.Module) -> bool:
+    """Whether one layer's weights are run through several times, as ALBERT's are."""
+    count = encoder.model.config.num_hidden_layers if isinstance(encoder, HuggingFace) else 0
+    return 0 < len(_layers(encoder)) < count
+
+
 def layer_scales(encoder: nn.Module, decay: float) -> dict[str, float]:
     """{parameter's name: factor of the learning rate}, `decay ^ (layers after it)`: Clark et al. 2020, "ELECTRA"."""
     indices, top = layer_indices(encoder), len(_layers(encoder)) + 1

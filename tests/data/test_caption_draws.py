@@ -139,7 +139,7 @@ def test_similar_lengths_together(together):
 
 @pytest.mark.parametrize("world, batch", [(1, 24), (1, 4), (2, 4), (3, 8)])
 def test_arranged_positions_are_the_same_global_batch(index, world, batch):
-    captions, sampler = TrainCaptions([index], Words(["a"]), 5), plain(index, 5)
+    captions, sampler = TrainCaptions([index], Words(["a"]), 5, caption_dropout=0.2), plain(index, 5)
     plan = plan_batches(24, batch, world, together=4)
 
     def arranged(positions):
@@ -153,8 +153,10 @@ def test_arranged_positions_are_the_same_global_batch(index, world, batch):
         assert in_turn == arranged(range(start, start + 24))
         assert sorted(in_turn) == list(range(start, start + 24))
     assert all(own[i] // 4 == own[i + 3] // 4 for rank in ranks for own in rank for i in range(0, batch, 4))
-    texts = [index.caption(int(row)) for row in sampler.locate(np.array(arranged(range(48, 72))))[1]]
-    longest = [max(len(text.encode()) for text in texts[i : i + 4]) for i in range(0, 24, 4)]
+    position = np.array(arranged(range(48, 72)))
+    texts = draw_captions([index.caption(row) for row in sampler.locate(position)[1]], 5, position)
+    texts = drop_captions(texts, 5, position, 0.2)
+    longest = [max(map(len, texts[i : i + 4])) for i in range(0, 24, 4)]
     assert longest == sorted(longest)
 
 

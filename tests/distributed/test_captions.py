@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import worlds
-from caption_runs import BIGRU, NO_DROPOUT, argv, published_bert, same, table, weights
+from caption_runs import BIGRU, NO_DROPOUT, argv, hub_folder, same, table, weights
 from conftest import log_of, run
 
 from mlc import predict
@@ -16,15 +16,26 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory) -> Path:
-    return published_bert(tmp_path_factory.mktemp("hub"))
+    return hub_folder("bert", tmp_path_factory.mktemp("hub"))
 
 
-@pytest.mark.parametrize("world, fusion", [("cpu2", "concat"), ("fsdp2", "cross-attention"), ("zero2", "none")])
-def test_two_processes_learn_what_one_does(shards, tmp_path, bert, world, fusion):
-    losses, predicted = {}, {}
+@pytest.mark.parametrize(
+    "world, fusion, text",
+    [
+        ("cpu2", "concat", "bert"),
+        ("fsdp2", "cross-attention", "bert"),
+        ("zero2", "none", "bert"),
+        ("fsdp2", "gated", "deberta-v3"),
+        ("zero2", "late", "albert"),
+    ],
+)
+def test_two_processes_learn_what_one_does(shards, tmp_path, world, fusion, text):
+    """With each global batch ordered by length."""
+    losses, predicted, folder = {}, {}, hub_folder(text, tmp_path / "hub")
+    more = ["--text-model", str(folder), *NO_DROPOUT, "--drop-path", "0", "--max-steps", "3", "--eval-every", "3st"]
+    more += ["--word-dropout", "0.2", "--caption-dropout", "0.2", "--group-by-length"]
     for processes in (1, world):
-        more = ["--text-model", str(bert), *NO_DROPOUT, "--drop-path", "0", "--max-steps", "3", "--eval-every", "3st"]
-        size = ["-b", "8" if processes == 1 else "4", "--word-dropout", "0.2", "--caption-dropout", "0.2"]
+        size = ["-b", "8" if processes == 1 else "4"]
         folder = tmp_path / str(processes)
         worlds.train(processes, argv(shards, folder, fusion, *more, *size, "--log-samples", f"{folder}.jsonl"))
         lines = log_of(folder / "run")

@@ -43,7 +43,7 @@ class Reading:
         Raises:
             UserError: no such tokenizer, switch of --clean, or no word in the captions.
         """
-        self.folder, self.clean = folder, switches(config.clean)
+        self.folder, self.clean, self._parts = folder, switches(config.clean), sources.sampler.sources
         self.tokenizer = self._tokenizer(config, sources)
 
     def _tokenizer(self, config: Config, sources: Sources) -> Tokenizer:
@@ -53,8 +53,7 @@ class Reading:
         if folder:
             return load_tokenizer(folder, most)
         if config.text_model == "bigru":
-            parts = sources.sampler.sources
-            texts = (text for rows in parts for text in cleaned(rows.index, self.clean, rows.rows))
+            texts = (text for rows in self._parts for text in cleaned(rows.index, self.clean, rows.rows))
             return Words.of(texts, max_tokens=most)
         named = Path(config.text_model).expanduser()
         return pretrained_tokenizer(str(text_folder(named)) if named.is_dir() else config.text_model, most)
@@ -121,7 +120,10 @@ class Reading:
     def _encoder(self, config: Config, *, published: bool) -> nn.Module:
         if self.folder:
             return load_text(self.folder.parent, weights=False).train()
-        vectors = read_embeddings(config.embeddings, self.tokenizer)[0] if config.embeddings else None
+        vectors = None
+        if config.embeddings:
+            made = {"parts": self._parts, "clean": self.clean, "dim": config.text_kwargs.get("dim") or 150}
+            vectors, _ = read_embeddings(config.embeddings, self.tokenizer, **made)
         return build_text_model(
             config.text_model,
             pretrained=published,
@@ -172,8 +174,12 @@ def load_text_parts(model: nn.Module, config: Config, classes: Sequence[str]) ->
 
 
 def text_only(config: Config) -> bool:
-    """Whether no image is looked at, nor decoded."""
+    """Whether captions are all that is looked at."""
     return bool(config.text_model) and config.fusion == "none"
+
+
+def decodes_images(config: Config) -> bool:
+    return not text_only(config) and not config.features
 
 
 def _exported_text(run: Path, flag: str) -> Path:
@@ -204,10 +210,13 @@ def text_of_run(checkpoint: Place, config: dict[str, Any]) -> Path:
 def model_inputs(
     image: Tensor | None, batch: Batch, mix: Mix | None, config: Config, reading: Reading | None, most: int | None
 ) -> tuple:
-    """Arguments of the model: the image, and with captions their tokens, mask, and how they are mixed.
+    """Arguments of the model: the image, and with captions their tokens, mask, and how they are mixed; or features and
+    how they are mixed.
 
     most: how many tokens the encoder has places for, None for any number.
     """
+    if config.features:
+        return batch["features"], mix and mix.shares(batch["features"].device)
     if reading is None:
         return (image,)
     tokens, mask = batch["tokens"], batch["token_mask"]
@@ -241,11 +250,14 @@ def captions_of(folder: str | Path, info: dict, reader: TarReader | FolderReader
 
 
 def sees_images(info: dict) -> bool:
-    return info.get("mlc", {}).get("fusion") != "none"
+    own = info.get("mlc", {})
+    return own.get("fusion") != "none" and "features" not in own
 
 
 def model_name(config: Config) -> str:
     """For the log."""
+    if config.features:
+        return f"{config.head} head on {' + '.join(config.features)}"
     image = f"{config.model} at {config.img_size} px"
     if not config.text_model:
         return image

@@ -15,6 +15,7 @@ VERBS = {
     "eval": ("mlc.evaluate", "score a run on a split that has labels"),
     "predict": ("mlc.predict", "predict a split or a folder of images, with test-time augmentation"),
     "embed": ("mlc.embed", "train word vectors on captions"),
+    "features": ("mlc.features", "frozen image and text features of a data set, to train a head on"),
     "ckpt": ("mlc.ckpt", "list, check, export or delete the checkpoints of a run"),
     "soup": ("mlc.soup", "average the weights of several runs or checkpoints"),
     "plan": ("mlc.plan", "estimate memory, time and checkpoints of a run on any number of GPUs"),

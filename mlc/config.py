@@ -90,6 +90,14 @@ class Config:
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     """more arguments of the timm model, as k=v, e.g. --model-kwargs embed_dim=48 'depths=[2,2,2]'"""
 
+    # ---- Features ----
+    features: list[str] = field(default_factory=list)
+    """train the head alone, on features that `mlc features` made of the data: its file; several stand side by side
+    (docs/features.md)"""
+    feature_norm: Literal["standardize", "l2", "none"] = "standardize"
+    """`standardize`: each feature to mean 0 and deviation 1 over the training samples; `l2`: each encoder's features to
+    one length; `none`: as they are"""
+
     # ---- Captions ----
     text_model: str = ""
     """read the captions too: a Hugging Face encoder by name or folder, RUN/best of a run with captions, or `bigru`
@@ -119,7 +127,8 @@ class Config:
     """order each global batch by the captions' lengths, so that its micro-batches have less padding; not with batch
     norm"""
     embeddings: str = ""
-    """`bigru`: word vectors to start from, a .vec, .txt or .bin file (`mlc embed`)"""
+    """`bigru`: word vectors to start from: a .vec, .txt or .bin file (`mlc embed`), or fasttext, word2vec-skipgram or
+    word2vec-cbow, trained on the training captions when the run begins"""
     text_lr_mult: float = 1.0
     """factor of the text encoder's learning rate"""
     text_layer_decay: float | None = None

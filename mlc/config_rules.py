@@ -12,6 +12,11 @@ _CAPTIONS = ("fusion", "fusion_kwargs", "text_kwargs", "text_pool", "max_tokens"
 _CAPTIONS += ("caption_dropout", "mix_captions", "embeddings", "text_lr_mult", "text_layer_decay", "group_by_length")
 _CAPTIONS += ("load", "load_text", "load_combine")
 
+# What changes images, or the models that see them.
+_IMAGES = ("model", "pretrained", "pretrained_path", "img_size", "drop_path", "model_kwargs", "freeze", "layer_decay")
+_IMAGES += ("grad_checkpointing", "compile", "text_model", "vflip", "aa", "reprob", "cutout", "kd_feature")
+_ON_FEATURES = ("linear", "mlp", "lstm")  # heads that look at no places of an image
+
 _RANGES = (
     (("cutout", "mixup_switch_prob", "splicemix", "focal_alpha"), lambda x: 0 <= x <= 1, "in [0, 1]"),
     (("asl_clip", "momentum"), lambda x: 0 <= x < 1, "in [0, 1)"),
@@ -68,7 +73,27 @@ def impossible(c: Any) -> Iterator[str]:
         yield "--kd-teacher ema needs the averaged weights; take out --no-model-ema"
     if c.kd_feature and (len(c.kd_teacher) != 1 or c.kd_teacher[0].lower().endswith((".csv", ".arrow"))):
         yield "--kd-feature needs one --kd-teacher that is a model: a file has no features, several have no common ones"
+    yield from _impossible_features(c)
     yield from _impossible_captions(c)
+
+
+def _impossible_features(c: Any) -> Iterator[str]:
+    if not c.features:
+        if c.feature_norm != type(c).feature_norm:
+            yield f"--feature-norm {c.feature_norm} needs --features FILE, which `mlc features` makes"
+        return
+    for name in _IMAGES:
+        if getattr(c, name) not in (getattr(type(c), name, None), {}, None):
+            yield f"{flag(name)} is for models that see images or captions; with --features a head is trained alone"
+    if c.head not in _ON_FEATURES:
+        yield f"--head {c.head} looks at an image; with --features choose one of {', '.join(_ON_FEATURES)}"
+    if len(c.data) > 1:
+        yield "--features are of one data set; give one --data"
+    if not c.experiment:
+        yield "--features needs --experiment NAME, the name of the run"
+    for name in c.kd_teacher:
+        if name != "ema" and not name.lower().endswith((".csv", ".arrow")):
+            yield f"--kd-teacher {name} sees images; with --features give its predictions (`mlc predict --split train`)"
 
 
 def _impossible_captions(c: Any) -> Iterator[str]:

@@ -1,4 +1,5 @@
-"""`mlc embed`: word vectors trained on the captions of a data set, for `--text-model bigru --embeddings FILE`.
+"""Word vectors trained on the captions of a data set, for `--text-model bigru --embeddings`: in a file by `mlc embed`,
+or when the run begins.
 
 Small collections of captions have words and meanings that no published vectors know. gensim trains them; one thread and
 a seed make the same file every time. Files are word2vec's own text or binary format, so that other programs read them,
@@ -7,7 +8,7 @@ and theirs (word2vec, fastText, GloVe) serve here.
 
 import argparse
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,9 +16,10 @@ import numpy as np
 
 from mlc.data.captions import cleaned
 from mlc.data.order import uniform
+from mlc.data.sampler import Rows
 from mlc.data.text import Words
 from shards.captions import SWITCHES, switches, words
-from shards.console import Parser, UserError, say
+from shards.console import Parser, UserError, did_you_mean, say
 from shards.dataset import load_dataset, open_index
 from shards.files import whole
 
@@ -49,7 +51,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train_embeddings(
-    sentences: Sequence[Sequence[str]], kind: str, *, dim: int, epochs: int, window: int, min_count: int, seed: int
+    sentences: Sequence[Sequence[str]],
+    kind: str,
+    *,
+    dim: int,
+    epochs: int = 10,
+    window: int = 5,
+    min_count: int = 1,
+    seed: int = 0,
 ):
     """gensim's KeyedVectors of the words that come at least `min_count` times; the same at every call.
 
@@ -71,26 +80,33 @@ def train_embeddings(
     return model.wv
 
 
-def read_embeddings(path: str | Path, vocabulary: Words) -> tuple[np.ndarray, float]:
-    """(float32 [V, D], share of the words that the file has) for the ids of a vocabulary.
+def read_embeddings(
+    source: str | Path, vocabulary: Words, *, parts: Iterable[Rows] = (), clean: Sequence[str] = (), dim: int = 150
+) -> tuple[np.ndarray, float]:
+    """(float32 [V, D], share of the words that have a vector) for the ids of a vocabulary.
 
-    Reads word2vec's text and binary formats, GloVe's text (which has no first line) and fastText's own `.bin`. A word
-    that is not in the file is looked for in lower case. PAD is zero; UNK and words that are not found are uniform with
-    the standard deviation of the others, and always the same.
+    source: a file in word2vec's text or binary format, GloVe's text (which has no first line) or fastText's own `.bin`;
+    or one of KINDS, trained as `mlc embed` does by default, with `dim` numbers a word, on the captions of `parts`.
+
+    A word that has no vector is looked for in lower case. PAD is zero; UNK and words that are not found are uniform
+    with the standard deviation of the others, and always the same.
 
     Raises:
         UserError: the file is missing, damaged or of another kind, or has none of the words.
     """
-    path = Path(path)
-    vectors = _read(path)
+    if source in KINDS:
+        texts = (text for rows in parts for text in cleaned(rows.index, clean, rows.rows))
+        vectors = train_embeddings([words(text) for text in texts], source, dim=dim)
+    else:
+        vectors = _read(Path(source))
     rows = {number: _vector(vectors, word) for number, word in enumerate(vocabulary.words, 2)}
     rows = {number: vector for number, vector in rows.items() if vector is not None}
     if not rows:
-        raise UserError(f"--embeddings {path}: it has none of the {len(vocabulary.words)} words of the captions")
+        raise UserError(f"--embeddings {source}: it has none of the {len(vocabulary.words)} words of the captions")
     places, dim = np.array(list(rows)), vectors.vector_size
     found = np.stack(list(rows.values())).astype(np.float32)
     if not np.isfinite(found).all():
-        raise UserError(f"--embeddings {path}: some of its vectors are not finite; make it anew")
+        raise UserError(f"--embeddings {source}: some of its vectors are not finite; make it anew")
     noise = uniform(0, np.arange(len(vocabulary))[:, None], np.arange(dim)) * 2 - 1
     matrix = (noise * math.sqrt(3) * found.std()).astype(np.float32)
     matrix[places], matrix[vocabulary.pad] = found, 0
@@ -108,6 +124,9 @@ def _binary(path: Path) -> bool:
 
 def _read(path: Path):
     """gensim's KeyedVectors of a file."""
+    if path.suffix not in SUFFIXES:
+        kinds = f"{', '.join(KINDS)}{did_you_mean(str(path), KINDS)}"
+        raise UserError(f"--embeddings {path}: expected .vec, .txt or .bin, or one of {kinds}")
     models, binary = _gensim(), _binary(path)
     with _damage(path):
         with path.open("rb") as file:

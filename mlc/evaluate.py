@@ -15,7 +15,15 @@ from mlc.inference import tta_views
 from mlc.metrics import multilabel, thresholds
 from mlc.models.export import load_exported
 from mlc.parallel import launch
-from mlc.predict import add_compute_flags, add_data_flags, open_rows, predict, weights_folder, write_probabilities
+from mlc.predict import (
+    add_compute_flags,
+    add_data_flags,
+    features_of,
+    open_rows,
+    predict,
+    weights_folder,
+    write_probabilities,
+)
 from mlc.report.plots import contact_sheet
 from shards.console import Parser, UserError, say
 
@@ -46,6 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         views=views,
         bad=BadSamples(options.max_bad_samples),
         captions=captions_of(weights, info, reader),
+        features=features_of(options, info, reader, rows),
         title=f"evaluate {options.split}",
     )
     if accelerator.is_main_process:

@@ -65,14 +65,17 @@ def logits_of_rows(
     bad: BadSamples,
     views: Sequence[View] = (lambda image: image,),
     title: str = "",
+    answer: Callable[[torch.nn.Module, torch.Tensor | None, Batch], torch.Tensor] | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields (row int64 [M], logits float32 [M, models, views, C]) on every process: together all rows of
     `dataset`, each once.
 
     Rows whose image cannot be read do not come; `bad` counts them on all processes alike, and the first process names
     them. All models see all views of an image that is decoded once; of several captions their answers are averaged into
-    one, and without images there is one view. Models are left in the mode they were in.
+    one, and without images there is one view. Models are left in the mode they were in. `answer` is what to take from a
+    model, image and batch in place of logits, float32 [B, any number].
     """
+    ask = answer or _answer
     modes = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
@@ -93,7 +96,7 @@ def logits_of_rows(
             image = normalize(batch["image"], mean, std) if "image" in batch else None
             with accelerator.autocast():
                 seen = [None] if image is None else [view(image) for view in views]
-                each = [torch.stack([_answer(model, view, batch) for view in seen], dim=1) for model in models]
+                each = [torch.stack([ask(model, view, batch) for view in seen], dim=1) for model in models]
             logits = torch.stack(each, dim=1)
             fetched = Fetched(*accelerator.gather((batch["row"], batch["valid"].int(), logits)))
             batches.prepare()
@@ -111,7 +114,7 @@ def logits_of_rows(
 def _answer(model: torch.nn.Module, image: torch.Tensor | None, batch: Batch) -> torch.Tensor:
     """Logits float32 [B, C] of an image, with captions those of the average of the probabilities with each of them."""
     if "tokens" not in batch:
-        return model(image).float()
+        return model(batch.get("features", image)).float()
     each = model(image, batch["tokens"], batch["token_mask"]).float()  # [B, K, C]
     if each.shape[1] == 1:
         return each[:, 0]

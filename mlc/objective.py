@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mlc.captions import Reading, model_inputs, text_only
+from mlc.captions import Reading, decodes_images, model_inputs
 from mlc.config import Config
 from mlc.data.dataset import Batch
 from mlc.data.mixing import Mix
@@ -178,7 +178,7 @@ class Objective:
                 mean=mean,
                 std=std,
                 tokenizer=reading and reading.tokenizer,
-                images=not text_only(config),
+                images=decodes_images(config),
             ),
             student=student,
             autocast=autocast,

@@ -14,6 +14,7 @@ import torch
 from mlc.batch_size import in_prediction
 from mlc.captions import captions_of, sees_images
 from mlc.data.dataset import BadSamples, EvalDataset
+from mlc.data.features import Features, refuse_other_encoders
 from mlc.data.filters import select_rows
 from mlc.data.loader import readers
 from mlc.data.reader import FolderReader, TarReader
@@ -62,6 +63,7 @@ def main(argv: list[str] | None = None, load: Callable[[], tuple[torch.nn.Module
         views=views,
         bad=BadSamples(options.max_bad_samples),
         captions=weights and captions_of(weights, info, reader),
+        features=features_of(options, info, reader, rows),
         title=f"predict {name}",
     )
     scores[~seen] = 0.0  # a submission needs its row; nothing was seen, so nothing is predicted
@@ -83,7 +85,7 @@ def main(argv: list[str] | None = None, load: Callable[[], tuple[torch.nn.Module
 
 
 def predict(
-    model, info, reader, rows, accelerator, *, batch_size, workers, views, bad, captions=None, title=""
+    model, info, reader, rows, accelerator, *, batch_size, workers, views, bad, captions=None, features=None, title=""
 ) -> tuple[np.ndarray, np.ndarray]:
     """(probabilities float32 [N, C] of the rows int64 [N], averaged over the views and captions, seen bool [N]), the
     same on every process.
@@ -101,7 +103,7 @@ def predict(
     scores = np.full((len(rows), len(info["label_names"])), np.nan, np.float32)
     for found, logits in logits_of_rows(
         [model],
-        EvalDataset(reader, transform, rows, captions=captions, images=sees_images(info)),
+        EvalDataset(reader, transform, rows, captions=captions, features=features, images=sees_images(info)),
         accelerator,
         batch_size=batch_size,
         workers=workers,
@@ -155,6 +157,27 @@ def open_rows(options, *, labelled: bool = False) -> tuple[Dataset, TarReader, n
     rows = select_rows(index, dataset.classes, where=options.where, fold=options.fold)
     reader = open_reader(index, cache_dir=options.cache_dir, cache_gb=options.cache_gb)
     return dataset, reader, np.arange(len(index)) if rows is None else rows
+
+
+def features_of(options, info: dict, reader: TarReader | FolderReader, rows: np.ndarray) -> Features | None:
+    """`--features` of the rows, for an exported model with the `config.json` `info` that was trained on some; else
+    None. Raises UserError where the one does not fit the other."""
+    then = info.get("mlc", {}).get("features")
+    if then is None and options.features:
+        raise UserError(f"--features {options.features[0]}: this run sees images or captions, and takes no features")
+    if then is None:
+        return None
+    if isinstance(reader, FolderReader):
+        raise UserError("this run was trained on features, and a folder of images has none; pack it and give --data")
+    if not options.features:
+        names = " and ".join(encoder["name"] for encoder in then)
+        raise UserError(f"this run was trained on features of {names}: give --features FILE of `mlc features`")
+    if getattr(options, "tta", ""):
+        raise UserError(f"--tta {options.tta}: features have no views; `mlc features --tta` averages those of an image")
+    dataset = load_dataset(options.data, cache_dir=options.cache_dir)
+    features = Features(options.features, dataset, options.split, reader.index, rows)
+    refuse_other_encoders(then, features.encoders, " + ".join(options.features))
+    return features
 
 
 def _rule(options) -> dict:
@@ -221,6 +244,17 @@ def add_data_flags(parser: Parser) -> None:
     parser.add_argument(
         "--where", default="", help='only the rows for which this is true: n_labels > 1, "cat" in labels'
     )
+    parser.add_argument(
+        "--features",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="for a run that was trained on features: those of --data (`mlc features`), as in its training",
+    )
+    add_cache_flags(parser)
+
+
+def add_cache_flags(parser: Parser) -> None:
     parser.add_argument("--cache-dir", default="", help="keep whole shards of a URL or a slow disk here")
     parser.add_argument(
         "--cache-gb", type=float, default=100.0, help="size of --cache-dir; the longest unused shards make room (100)"

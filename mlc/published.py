@@ -3,6 +3,7 @@
 `python main.py ...` takes the report's flags, and `python train.py ...` takes them too where one is given that only the
 report has. They are translated into our own (`translate`), and a line says which; the rest of the settings is the
 recipe comp5329-swin-l, the report's defaults. Flags that the report has not are ours and pass through: --workers 2.
+`python bert_train.py` and `python bert_test.py` are the report's caption model: the recipe comp5329-bert.
 
 Three things need more than other names. `--data_dir` holds CSVs and images, which are packed on first use. The weights
 that a training left are a run here: `swin_large_224_best.pth`, unless there is such a file, means the best weights of
@@ -32,6 +33,8 @@ from shards.dataset import JSON_NAME, load_dataset
 
 RECIPE = "comp5329-swin-l"
 TEXT_MODEL = "bert-base-uncased"  # its size is said, its case is not; --text-model is another, or its folder
+CLEAN = ("symbols", "mentions", "punctuation")
+BERT_RECIPE, BERT_RUN = "comp5329-bert", "bert"
 VAL_FRACTION = "0.1"  # stratified, as the report says; it does not say how large
 IMAGES = (".", "data", "images")  # where --data_dir may keep them
 SUBMISSIONS = Path("submissions")
@@ -100,6 +103,33 @@ def run(argv: list[str] | None = None) -> int | None:
         return train.main(ours)
     file = Path(options.test)
     return predict.main(ours, load=(lambda: _load_file(file, options)) if file.is_file() else None)
+
+
+@launch.peers()
+def bert_train(argv: list[str] | None = None) -> int | None:
+    """`bert_train.py`: the report's model of captions, as the run bert; flags are those of train.py."""
+    options, own = _bert_options("bert_train.py", f"Trains {BERT_RECIPE}; all other flags are those of train.py.", argv)
+    ours = ["-c", BERT_RECIPE, "--data", str(_shards(Path(options.data_dir))), "--output", options.output]
+    ours += ["--experiment", BERT_RUN, "--resume", "auto", *own]
+    read_config(ours)
+    _pack_once(Path(options.data_dir))
+    if os.environ.get("RANK", "0") == "0":
+        say(f"in this program's own flags: mlc train {shlex.join(ours)}")
+    return train.main(ours)
+
+
+@launch.peers()
+def bert_test(argv: list[str] | None = None) -> int | None:
+    """`bert_test.py`: predicts the test split with the weights that bert_train.py left."""
+    options, own = _bert_options(
+        "bert_test.py", "Predicts by that run; all other flags are those of `mlc predict`.", argv
+    )
+    run_folder = Path(options.output) / BERT_RUN
+    if not (run_folder / "best").is_dir():
+        raise UserError(f"{run_folder}: no trained weights in it; run `python bert_train.py` first")
+    ours = ["--run", str(run_folder), "--data", str(_shards(Path(options.data_dir)))]
+    ours += ["--out", str(SUBMISSIONS / "bert_best"), "--threshold", str(read_config(["-c", BERT_RECIPE]).threshold)]
+    return predict.main([*ours, *own])
 
 
 def is_published(argv: list[str]) -> bool:
@@ -171,6 +201,14 @@ def _parse(argv: list[str]) -> tuple[_Options, list[str]]:
     return parser.parse_known_args(argv, _Options())
 
 
+def _bert_options(prog: str, description: str, argv: list[str] | None) -> tuple[Namespace, list[str]]:
+    parser = Parser(prog=prog, description=description, epilog=f"example: python {prog} --data_dir data")
+    text = "folder with train.csv, test.csv and the images, packed on first use (data)"
+    parser.add_argument("--data_dir", "--data-dir", default="data", metavar="DIR", help=text)
+    parser.add_argument("--output", default="runs", metavar="DIR", help="folder of the runs (runs)")
+    return parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+
+
 def _number(text: str) -> str:
     try:
         float(text)
@@ -208,6 +246,7 @@ def _training(o: _Options) -> list[str]:
         argv += ["--no-pretrained", "--pretrained-path", str(weights)]
     if o.bilinear_text or o.concat_text:
         argv += ["--text-model", TEXT_MODEL, "--fusion", "bilinear" if o.bilinear_text else "concat"]
+        argv += [part for name in CLEAN for part in ("--clean", name)]
         argv += ["--mix-captions", "off"]  # the report mixes images alone
     if o.load_combine:
         argv += ["--no-pretrained", "--load-combine", str(_weights("--load_combine", o.load_combine, o.output))]

@@ -22,11 +22,12 @@ from shards.console import UserError
 from shards.urls import is_url
 
 NETWORK = ("model", "head", "head_kwargs", "model_kwargs")  # other weights
-NETWORK += ("text_model", "text_kwargs", "text_pool", "fusion", "fusion_kwargs")
+NETWORK += ("text_model", "text_kwargs", "text_pool", "fusion", "fusion_kwargs", "feature_norm")
 STREAM = ("seed", "img_size", "model_ema", "clean", "max_tokens")  # another run with the same weights
 # What may differ without a word: where things lie, and how the run is started, watched and saved.
 SILENT = (
     "data",
+    "features",
     "workers",
     "cache_dir",
     "cache_gb",
@@ -256,8 +257,8 @@ def _refuse_classes(then: Sequence[str], now: Sequence[str], path: Place) -> Non
 
 
 def _compare_data(meta: dict[str, Any], config: Config, start: Start, data: dict[str, str]) -> None:
-    for name, now in data.items():
-        then = meta["data"][name]
+    for name, now in (dict.fromkeys(meta["data"], "none") | data).items():
+        then = meta["data"].get(name, "none")
         if then == now:
             continue
         difference = _another(start.checkpoint, name, then, now)

@@ -203,9 +203,10 @@ class SampleLog:
 
 
 def _seen(batch: Batch) -> Iterable[np.ndarray]:
-    """Each sample's augmented pixels, or its tokens without padding where no image is looked at."""
-    if "image" in batch:
-        return batch["image"].cpu().numpy()
+    """Each sample's augmented pixels, its features, or its tokens without padding where no image is looked at."""
+    for name in ("image", "features"):
+        if name in batch:
+            return batch[name].cpu().numpy()
     rows = zip(batch["tokens"].cpu().numpy(), batch["token_mask"].cpu().numpy(), strict=True)
     return [tokens[mask] for tokens, mask in rows]
 

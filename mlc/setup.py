@@ -2,12 +2,14 @@
 
 import re
 
+import numpy as np
 import torch
 
 from mlc.captions import Reading, load_text_parts, text_only
 from mlc.config import Config
 from mlc.data.sources import Sources
 from mlc.models.build import build_model
+from mlc.models.feature_head import FeatureHead
 from mlc.models.fusion import Fused
 from mlc.models.heads import classifier_prefixes, init_head_bias
 from mlc.models.text import layer_scales
@@ -21,7 +23,10 @@ def model_of(config: Config, sources: Sources, reading: Reading | None = None, *
     published: start from the published weights of the settings, if any; else what is loaded afterwards replaces them.
     """
     sampler, classes = sources.sampler, sources.dataset.classes
-    model = None if text_only(config) else _image_model(config, sources, published)
+    if config.features:
+        model = _feature_head(config, sources)
+    else:
+        model = None if text_only(config) else _image_model(config, sources, published)
     if reading:
         model = reading.model(model, config, num_classes=len(classes), published=published)
     if config.head_bias == "prior":
@@ -46,6 +51,21 @@ def _image_model(config: Config, sources: Sources, published: bool) -> torch.nn.
         drop_path=config.drop_path,
         model_kwargs=config.model_kwargs,
         attention=config.attention,
+    )
+
+
+def _feature_head(config: Config, sources: Sources) -> torch.nn.Module:
+    features, index = sources.features, sources.readers[0].index
+    rows = sources.sampler.sources[0].rows
+    standardize = config.feature_norm == "standardize"
+    return FeatureHead(
+        [encoder["features"] for encoder in features.encoders],
+        len(sources.dataset.classes),
+        head=config.head,
+        head_kwargs=config.head_kwargs,
+        norm=config.feature_norm,
+        drop=config.drop,
+        statistics=features.statistics(np.arange(len(index)) if rows is None else rows) if standardize else None,
     )
 
 

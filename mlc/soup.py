@@ -31,7 +31,7 @@ from mlc.inference import tta_views
 from mlc.metrics import multilabel, thresholds
 from mlc.models.export import load_exported, write_config
 from mlc.parallel import launch, storage
-from mlc.predict import add_compute_flags, add_data_flags, open_rows, predict, weights_folder
+from mlc.predict import add_compute_flags, add_data_flags, features_of, open_rows, predict, weights_folder
 from mlc.resume import at_path
 from shards.console import Parser, UserError, say
 from shards.files import disk_errors, whole
@@ -199,11 +199,14 @@ def _scorer(options: Namespace, model: torch.nn.Module, info: dict[str, Any], fo
     if info["label_names"] != list(dataset.classes):
         raise UserError(f"{options.data} has other classes than the models; score on the data they were trained for")
 
+    features = features_of(options, info, reader, rows)
+
     def score(state: State) -> dict[str, float]:
         model.load_state_dict(state)
         kwargs = {"batch_size": options.batch_size, "workers": options.workers, "views": tta_views("")}
         bad = BadSamples(options.max_bad_samples)
         kwargs |= {"captions": captions_of(folder, info, reader), "bad": bad, "title": "score"}
+        kwargs |= {"features": features}
         scores, seen = predict(model, info, reader, rows, accelerator, **kwargs)
         return dict(multilabel.evaluate(scores[seen], reader.index.targets(rows[seen])))
 

@@ -6,6 +6,7 @@ compared with the baseline seed by seed. What is finished is not run again, what
 
 import os
 import shlex
+import sys
 from argparse import ArgumentTypeError, Namespace
 
 import torch
@@ -22,11 +23,13 @@ from shards.console import Parser, UserError, did_you_mean, say
 from shards.files import disk_errors
 
 # What may be another for the runs of a sweep that are there already.
-MAY_DIFFER = {*SILENT} - {"data", "pretrained", "pretrained_path", "global_batch_size"}
+MAY_DIFFER = {*SILENT} - {"data", "pretrained", "pretrained_path", "embeddings", "global_batch_size"}
 
 
 def main(argv: list[str] | None = None) -> int:
-    options, rest = _parser().parse_known_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    named_by_flag = argv[:1] in (["-c"], ["--config"])  # as a training's recipe is
+    options, rest = _parser().parse_known_args(argv[1:] if named_by_flag else argv)
     sweep = read(
         options.file,
         given=read_flags(rest, "mlc sweep"),
@@ -156,14 +159,15 @@ def _report(sweep: Sweep) -> int:
 
 
 def _parser() -> Parser:
-    listed = "\n".join(f"  {name:<20} {text}" for name, text in packaged())
+    listed = "\n".join(f"  {name:<27} {text}" for name, text in packaged())
     parser = Parser(
         prog="mlc sweep",
-        usage="mlc sweep FILE [flags] [any flags of mlc train]",
+        usage="mlc sweep [-c] FILE [flags] [any flags of mlc train]",
         description="Trains every variant of a sweep file with every seed, and compares them. Flags of `mlc train` win "
         "over\nthe file's base. The same command goes on with what is not finished.",
         epilog=f"packaged sweeps:\n{listed}\n\nexamples:\n"
         "  mlc sweep mixup-ablation --data data/demo-shards\n"
+        "  mlc sweep mixup-ablation -c comp5329-swinv2-l --data DIR     in place of the file's recipe\n"
         "  mlc sweep my.yaml --data DIR --epochs 2 --jobs 2 --only plain --only mixup\n"
         "  mlc sweep kd --data DIR --slurm='--gpus 1 --time 2:00:00 --partition gpu'\n\n"
         "a file:\n  base: {config: demo, epochs: 3}\n  seeds: [1, 2, 3]\n  metric: f1_samples@tuned\n"

@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 
 from mlc import batch_size, rehearsal, resume, stages
 from mlc.batch_size import in_evaluation, in_training
-from mlc.captions import by_length, model_name, open_reading, refuse_untrainable, text_only
+from mlc.captions import by_length, decodes_images, model_name, open_reading, refuse_untrainable
 from mlc.clock import Clock
 from mlc.config import Config
 from mlc.data.batch import prepare, random_batch, train_transform
@@ -26,7 +26,7 @@ from mlc.data.dataset import BadSamples, TrainDataset
 from mlc.data.loader import Waiting, load, readers, train_positions
 from mlc.data.mixing import together
 from mlc.data.order import DROPOUT, hash64
-from mlc.data.sources import open_sources, open_validation
+from mlc.data.sources import open_sources, open_validation, validation_features
 from mlc.flags import read_config
 from mlc.metrics import thresholds
 from mlc.models.build import fast_memory_format
@@ -77,6 +77,7 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
     refuse_unknown_metric(settings, dataset)
     reading = open_reading(settings, sources, start.checkpoint, folder)
     val_captions = reading.evaluation(validation[0].index) if reading and validation else None
+    val_features = validation_features(settings, dataset, validation)
     plan = batch_size.plan(settings, choice, world)
     progress = start.progress()
     lengths = {"epoch_samples": sampler.epoch_samples, "global_batch": plan.global_batch}
@@ -142,9 +143,10 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
 
         def trial(size: int) -> None:
             files = len(sources.soft) if sources.soft else 0
-            images = not text_only(config)
+            images = decodes_images(config)
             batch = random_batch(size, config.img_size, len(dataset.classes), device, soft=files, images=images)
             batch |= reading.random(size, device) if reading else {}
+            batch |= sources.features.random(size, device) if sources.features else {}
             image, target, mix = prepare(batch, config, mean, std, mixing=True)
             objective(bare, image, target, batch, mix)[0].backward()
 
@@ -228,7 +230,7 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
         launch.same_buffers(bare, averaged)
         weights = {"val": bare} | ({"val_ema": averaged} if ema else {})
         with compiler.eager(), in_evaluation(config):
-            told = (config, dataset, accelerator, objective.loss, mean, std, val_bad, val_captions)
+            told = (config, dataset, accelerator, objective.loss, mean, std, val_bad, val_captions, val_features)
             results = evaluate(weights, *validation, *told)
         metrics = {name: result.metrics for name, result in results.items()}
         best_now = max(metrics, key=lambda name: goodness(metrics[name], config.eval_metric))
@@ -268,7 +270,9 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
             "std": std,
             "crop": config.val_crop,
             "crop_pct": config.crop_pct,
-            "extra": {"step": step, "data": sources.fingerprint} | (reading.described(config) if reading else {}),
+            "extra": {"step": step, "data": sources.fingerprint}
+            | (reading.described(config) if reading else {})
+            | (sources.features.described() if sources.features else {}),
         }
 
     def save_checkpoint() -> None:
@@ -304,7 +308,8 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
         max_bad=config.max_bad_samples,
         soft=sources.soft,
         captions=reading and reading.training(config, sources),
-        images=not text_only(config),
+        features=sources.features,
+        images=decodes_images(config),
     )
     positions = train_positions(samples_seen, stage.end, plan, rank, by_length(stream, config))
     batches = Waiting(load(stream, positions, workers=config.workers, device=device), device)

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from mlc.captions import text_only
+from mlc.captions import decodes_images
 from mlc.config import Config
 from mlc.data.captions import EvalCaptions
 from mlc.data.dataset import BadSamples, EvalDataset
+from mlc.data.features import Features
 from mlc.data.reader import TarReader
 from mlc.data.transforms import EvalTransform
 from mlc.inference import logits_of_rows, probabilities
@@ -42,6 +43,7 @@ def evaluate(
     std: Sequence[float],
     bad: BadSamples,
     captions: EvalCaptions | None = None,
+    features: Features | None = None,
 ) -> dict[str, Evaluation]:
     """Exact metrics of some rows of a split, {model: evaluation}, the same on every rank; images are decoded once.
 
@@ -52,7 +54,7 @@ def evaluate(
     transform = EvalTransform(size=config.img_size, crop=config.val_crop, crop_pct=config.crop_pct, mean=tuple(mean))
     for found, values in logits_of_rows(
         list(models.values()),
-        EvalDataset(reader, transform, rows, captions=captions, images=not text_only(config)),
+        EvalDataset(reader, transform, rows, captions=captions, features=features, images=decodes_images(config)),
         accelerator,
         batch_size=config.validation_batch_size or config.batch_size,
         workers=min(config.workers, 2),

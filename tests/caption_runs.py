@@ -8,7 +8,7 @@ import torch
 from conftest import TINY
 from safetensors.torch import load_file
 from tiny_text import tiny
-from tiny_tokenizers import sentence_pieces, word_pieces
+from tiny_tokenizers import MAKERS
 
 SMALL = {
     "early": ["--fusion-kwargs", "width=8", "hidden=8"],
@@ -20,13 +20,11 @@ NO_DROPOUT = ["--text-kwargs", "hidden_dropout_prob=0", "attention_probs_dropout
 
 
 def hub_folder(kind: str, folder: Path) -> Path:
-    """A folder as `hf download` leaves it, of `bert`, `albert` or `deberta-v3`: encoder and tokenizer."""
-    place = tiny(kind, folder, vocab_size=200, max_position_embeddings=80, hidden_dropout_prob=0.1)
+    """A folder as `hf download` leaves it, encoder and tokenizer; kind: a name of tiny_tokenizers.MAKERS."""
+    encoder = kind.removesuffix("-cased").removesuffix("-uncased")
+    place = tiny(encoder, folder, vocab_size=200, max_position_embeddings=80, hidden_dropout_prob=0.1)
     config = (place / "config.json").read_text()
-    if kind == "bert":
-        word_pieces(place)
-    else:
-        sentence_pieces(place, kind.replace("v3", "v2"))
+    MAKERS[kind](place)
     (place / "config.json").write_text(config)
     return place
 

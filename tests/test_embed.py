@@ -9,7 +9,9 @@ from conftest import ROOT, environment
 from gensim.models import FastText, KeyedVectors, fasttext
 
 from mlc import embed
+from mlc.data.sources import open_sources
 from mlc.data.text import Words
+from mlc.flags import read_config
 from shards.console import UserError, run
 
 SENTENCES = [["a", "red", "dog"], ["a", "blue", "cat"], ["the", "red", "cat"], []] * 5
@@ -94,6 +96,22 @@ def test_formats(vectors, tmp_path, name):
     expected[1] = vectors["CAT"] if name == "facebook.bin" else expected[1]  # fastText makes one of its pieces
     np.testing.assert_allclose(matrix[2:], expected, rtol=1e-5, atol=1e-8)
     assert not matrix[0].any() and matrix[1].any()
+
+
+@pytest.mark.parametrize("kind", embed.KINDS)
+def test_trained_when_a_run_begins(shards, tmp_path, kind):
+    """The same as by way of a file: of the training split's captions, cleaned as the run cleans them."""
+    clean, out = ("punctuation", "lower"), tmp_path / "w.bin"
+    flags = ["--data", str(shards), "--kind", kind, "--dim", "5", "--clean", ",".join(clean), "--out", str(out)]
+    embed.main(flags)
+    parts = open_sources(read_config(["--data", str(shards)])).sampler.sources
+    vocabulary = Words(["flower", "seven", "nowhere"])
+    matrix, share = embed.read_embeddings(kind, vocabulary, parts=parts, clean=clean, dim=5)
+    expected, found = embed.read_embeddings(out, vocabulary)
+    np.testing.assert_array_equal(matrix[2:4], expected[2:4])
+    assert matrix.shape == (5, 5) and found == 2 / 3 and share == (1 if kind == "fasttext" else 2 / 3)
+    with pytest.raises(UserError, match=r"--embeddings fastext: expected .vec.*did you mean fasttext"):
+        embed.read_embeddings("fastext", vocabulary)
 
 
 def test_words_that_are_missing(vectors, tmp_path):

@@ -3,19 +3,24 @@
 import json
 import sys
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 import yaml
+from caption_runs import hub_folder
 from conftest import log_of
 from timm.models import pnasnet
 
 from mlc import recipes, train
+from mlc.data.features import write_features
 from mlc.flags import RECIPES, read_config, read_yaml
 from mlc.models.build import resolve_name
 from shards import demo, pack
 from shards.console import UserError
+from shards.dataset import load_dataset, open_index
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 SWIN = {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
@@ -43,6 +48,20 @@ SMALL = {
     "inception_resnet_v2": ("inception_resnet_v2", {}, 96),
     "swinv2_tiny_window8_256": ("swinv2_tiny_window8_256", SWIN, 32),
 }
+
+# What stands for the text model: a tiny one of its kind, with a tokenizer of its kind, both in a folder.
+TEXTS = {
+    "bert-base-uncased": "bert-uncased",
+    "bert-base-cased": "bert-cased",
+    "albert-base-v2": "albert",
+    "microsoft/deberta-v3-small": "deberta-v3",
+}
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """{name of a text model: the folder to load in its place}"""
+    return {name: hub_folder(kind, tmp_path_factory.mktemp("hub")) for name, kind in TEXTS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +93,13 @@ def narrow(monkeypatch):
         monkeypatch.setattr(inception, name, lambda **_: torch.nn.Identity())
 
 
-def shortened(name: str) -> list[str]:
+def shortened(name: str, hub: dict) -> list[str]:
     """Flags that make a recipe small, and leave alone what it is about."""
     config = read_config(["-c", name])
+    few = ["-b", "2", "--global-batch-size", "4", "--validation-batch-size", "4", "-j", "0", "--amp-dtype", "none"]
+    few += ["--log-interval", "1", "--no-checkpoint-async", "--eval-every", "1000ep"]
+    if config.features:
+        return ["-c", name, "--max-steps", "3", *few]
     small, kwargs, size = SMALL[resolve_name(config.model)[0].partition(".")[0]]
     stages = [{**stage, "for": "1st"} for stage in config.stages]
     stages = [{**stage, "warmup": "0ep"} if "warmup" in stage else stage for stage in stages]
@@ -95,14 +118,28 @@ def shortened(name: str) -> list[str]:
     ]
     argv += ["--model-kwargs", *(f"{key}={value}" for key, value in kwargs.items())] if kwargs else []
     argv += ["--stages", yaml.safe_dump(stages, default_flow_style=True)] if stages else []
-    argv += ["-b", "2", "--global-batch-size", "4", "--validation-batch-size", "4", "-j", "0", "--amp-dtype", "none"]
-    return [*argv, "--log-interval", "1", "--no-checkpoint-async", "--eval-every", "1000ep"]
+    argv += ["--text-model", str(hub[config.text_model])] if config.text_model in hub else []
+    return [*argv, *few]
+
+
+def random_features(data: Path, file: Path) -> list[str]:
+    """In the place of CLIP's."""
+    dataset, random = load_dataset(data), np.random.default_rng(0)
+    splits = {name: open_index(dataset, name) for name in ("train", "val")}
+    made = {
+        name: (index, random.standard_normal((len(index), 24), np.float32), np.ones(len(index), bool))
+        for name, index in splits.items()
+    }
+    encoders = [{"name": "a", "features": 16}, {"name": "b", "features": 8}]
+    write_features(file, made, data=dataset.fingerprint, encoders=encoders)
+    return ["--features", str(file)]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_trains(name, data, tmp_path, narrow):
-    argv = [*shortened(name), "--data", str(data), "--output", str(tmp_path), "--experiment", "run"]
+def test_it_trains(name, data, hub, tmp_path, narrow):
+    argv = [*shortened(name, hub), "--data", str(data), "--output", str(tmp_path), "--experiment", "run"]
     config = read_config(argv)
+    argv += random_features(data, tmp_path / "features.arrow") if config.features else []
     argv += ["--max-steps", str(max(3, len(config.stages)))]
     assert train.main(argv) == 0
     lines = log_of(tmp_path / "run")
@@ -110,6 +147,7 @@ def test_it_trains(name, data, tmp_path, narrow):
     assert len(losses) >= 3 and all(0 < loss < 1e3 for loss in losses)
     assert any(f"val/{config.eval_metric}" in line for line in lines)
     assert (tmp_path / "run" / "last" / "model.safetensors").is_file()
+    assert (tmp_path / "run" / "last" / "text").is_dir() == bool(config.text_model)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -124,7 +162,9 @@ def test_its_model_is_timms_and_its_header_complete(name):
             and recipe.hours
             and recipe.memory.endswith(f"GiB at batch {config.batch_size} (computed)")
         )
-        assert config.pretrained, "a published system starts from published weights"
+        begins = config.pretrained or config.features or config.text_model in TEXTS
+        assert begins, "a published system starts from published weights"
+        assert config.text_model in (*TEXTS, "bigru", "")
     assert set(read_yaml(name)) <= set(vars(config))
 
 

@@ -40,7 +40,7 @@ from shards.dataset import load_dataset, open_index
 
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory) -> Path:
-    return hub_folder("bert", tmp_path_factory.mktemp("hub"))
+    return hub_folder("bert-uncased", tmp_path_factory.mktemp("hub"))
 
 
 @pytest.mark.parametrize("text", ["bert", "bigru"])

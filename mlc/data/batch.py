@@ -42,7 +42,7 @@ def prepare(
     batch: Batch, config: Config, mean: Sequence[float], std: Sequence[float], *, mixing: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor, Mix | None]:
     """Normalised, erased and mixed on the device: image float32 [B, 3, H, W] (None where no image is looked at), target
-    [B, C], how it was mixed."""
+    [B, C], how it was mixed. Captions and features are left to be mixed later."""
     target, image = batch["target"], None
     if "image" in batch:
         image = normalize(batch["image"], mean, std)

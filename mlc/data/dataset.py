@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from mlc.data.captions import EvalCaptions, TrainCaptions
+from mlc.data.features import Features
 from mlc.data.order import AUGMENT, Draws
 from mlc.data.reader import FolderReader, TarReader
 from mlc.data.sampler import Sampler, plain
@@ -45,12 +46,15 @@ class TrainDataset:
         max_bad: int = 10,
         soft: SoftLabels | None = None,
         captions: TrainCaptions | None = None,
+        features: Features | None = None,
         images: bool = True,
     ):
         """`readers`: one for each data set of the sampler; `soft`: adds its labels to the batch; `captions`: adds
-        `tokens` and `token_mask`; without `images` none is decoded, and the batch has no `image`."""
+        `tokens` and `token_mask`; `features`: adds those of the first data set, [B, D]; without `images` none is
+        decoded, and the batch has no `image`."""
         self.sampler, self.readers, self.transform, self.seed = sampler, list(readers), transform, seed
         self.max_bad, self.soft, self.captions, self.images = max_bad, soft, captions, images
+        self.features = features
         self._buffers = Buffers()
 
     @classmethod
@@ -65,6 +69,7 @@ class TrainDataset:
         position, bad = np.asarray(positions, np.int64), []
         source, rows = self.sampler.locate(position)
         image = self._images(position, source, rows, bad) if self.images else None
+        seen = {"features": self._features(position, rows, bad)} if self.features else {}
         target = np.empty((len(rows), self.readers[0].index.num_classes), np.float32)
         for number, reader in enumerate(self.readers):
             own = source == number
@@ -78,8 +83,21 @@ class TrainDataset:
             position=torch.from_numpy(position),
             target=torch.from_numpy(target),
             bad=torch.tensor(bad, dtype=torch.int64),
+            **seen,
             **more,
         )
+
+    def _features(self, position: np.ndarray, rows: np.ndarray, bad: list[int]) -> torch.Tensor:
+        """[B, D]; where a neighbour took a place, `rows` says so afterwards."""
+        for place in np.flatnonzero(~self.features.known(rows)).tolist():
+            p = int(position[place])
+            ahead = self.sampler.locate(np.arange(p, p + TRIES))[1]
+            known = self.features.known(ahead)
+            if not known.any():
+                raise UserError(f"{self.features.files[0].path} has features of no image of the training split")
+            rows[place] = ahead[known.argmax()]
+            bad.extend(range(p, p + int(known.argmax())))
+        return torch.from_numpy(self.features(rows))
 
     def _images(self, position: np.ndarray, source: np.ndarray, rows: np.ndarray, bad: list[int]) -> torch.Tensor:
         """uint8 [B, H, W, 3]; where a neighbour took a place, `source` and `rows` say so afterwards."""
@@ -129,11 +147,13 @@ class EvalDataset:
         rows: np.ndarray | None = None,
         *,
         captions: EvalCaptions | None = None,
+        features: Features | None = None,
         images: bool = True,
     ):
         """`rows` int64 [n], ascending: those that take part (default: all). `captions`: adds `tokens`, `token_mask` and
-        `caption_weight`; without `images` none is decoded, and the batch has no `image`."""
+        `caption_weight`; `features`: adds them; without `images` none is decoded, and the batch has no `image`."""
         self.reader, self.transform, self.captions, self.images = reader, transform, captions, images
+        self.features = features
         self.rows = np.arange(len(reader)) if rows is None else rows
         self._buffers = Buffers()
 
@@ -142,6 +162,9 @@ class EvalDataset:
         valid = rows >= 0
         image = self._images(rows, valid) if self.images else None
         more = self.captions(rows) if self.captions else {}
+        if self.features:
+            valid &= self.features.known(rows)
+            more |= {"features": torch.from_numpy(self.features(rows))}
         return _batch(image, rows, valid=torch.from_numpy(valid), **more)
 
     def _images(self, rows: np.ndarray, valid: np.ndarray) -> torch.Tensor:

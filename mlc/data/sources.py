@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from mlc.config import Config
+from mlc.data.features import Features
 from mlc.data.filters import named, read_names, select_rows
 from mlc.data.reader import TarReader, check_shards
 from mlc.data.remote import open_reader
@@ -32,10 +33,12 @@ class Sources:
     fingerprint: str
     natural: np.ndarray  # float64 [C]: share of the rows that have each class
     soft: SoftLabels | None = None  # of the prediction files among --kd-teacher
+    features: Features | None = None  # of --features
 
     def identity(self) -> dict[str, str]:
         """What must be the same for the stream of samples to go on: the data, and which of it comes how often."""
-        return {"data set": self.fingerprint, "samples": self.sampler.fingerprint}
+        features = {"features": self.features.fingerprint} if self.features else {}
+        return {"data set": self.fingerprint, "samples": self.sampler.fingerprint, **features}
 
     def cooccurrence(self) -> np.ndarray:
         """int64 [C, C]: rows that take part and have class i and class j; on the diagonal those that have class i."""
@@ -88,6 +91,7 @@ def open_sources(config: Config) -> Sources:
         fingerprint="+".join(dataset.fingerprint for dataset in datasets),
         natural=counts / total,
         soft=SoftLabels(files, parts, first.classes) if files else None,
+        features=Features(config.features, first, config.train_split, splits[0], rows[0]) if config.features else None,
     )
 
 
@@ -100,6 +104,16 @@ def open_validation(config: Config, dataset: Dataset) -> tuple[TarReader, np.nda
         return None
     index = open_split(dataset, config.val_split, labelled=True)
     return _reader(config, index), np.arange(len(index))
+
+
+def validation_features(
+    config: Config, dataset: Dataset, validation: tuple[TarReader, np.ndarray] | None
+) -> Features | None:
+    """`--features` of what `open_validation` has found; None without either. Raises UserError."""
+    if not config.features or validation is None:
+        return None
+    split = config.val_split if config.fold is None else config.train_split
+    return Features(config.features, dataset, split, validation[0].index, validation[1])
 
 
 def open_split(dataset: Dataset, split: str, *, labelled: bool = False) -> Index:

@@ -169,7 +169,7 @@ def load_weights(model: nn.Module, path: str | Path, *, part: str = "") -> bool:
             f"{path} does not fit {model.pretrained_cfg['architecture']} ({len(problems)} weights):\n"
             f"{listed(problems, 10)}"
         )
-    if note:
+    if note and model.num_classes:
         say(f"{path}: {note}")
     return not note
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mlc.models.build import fast_memory_format
+from mlc.models.feature_head import FeatureHead
 from mlc.models.fusion import Fused
 from mlc.models.heads import add_label_head, fold
 from mlc.models.swin_attention import use_fast_attention
@@ -139,6 +140,8 @@ def load_exported(folder: str | Path) -> tuple[nn.Module, dict]:
 
 def _built(config: dict) -> nn.Module | None:
     own, classes = config.get("mlc", {}), config["num_classes"]
+    if "features" in own:
+        return FeatureHead(own["sizes"], classes, **{name: own[name] for name in ("head", "head_kwargs", "norm")})
     if own.get("fusion") == "none":
         return None
     args = {**config.get("model_args", {}), "num_classes": 0 if "head" in own else classes, "pretrained": False}
@@ -164,7 +167,8 @@ def _read_config(path: Path) -> dict:
     missing = [key for key in _REQUIRED if key not in config]
     if missing:
         raise UserError(f"{path}: no {missing[0]!r} in it; {_FIX}")
-    if config.get("mlc", {}).get("fusion") != "none" and not timm.is_model(str(config["architecture"])):
+    own = config.get("mlc", {})
+    if own.get("fusion") != "none" and "features" not in own and not timm.is_model(str(config["architecture"])):
         raise UserError(f"{path}: timm {timm.__version__} has no model {config['architecture']!r}")
     if len(config["label_names"]) != config["num_classes"]:
         raise UserError(f"{path}: {len(config['label_names'])} label names for {config['num_classes']} classes")

@@ -105,14 +105,19 @@ def add_label_head(
     except (AttributeError, AssertionError, TypeError, ValueError) as error:
         raise UserError(f"{model.pretrained_cfg['architecture']} takes no --head {head}: {error}") from error
     features = model.num_features if kind.sees_map else getattr(model, "head_hidden_size", model.num_features)
-    try:
-        model.label_head = kind(features, num_classes, **kwargs)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        given = ", ".join(f"{key}={value}" for key, value in head_kwargs.items())
-        raise UserError(f"--head {head} with {given or 'no arguments'}: {error}") from error
+    model.label_head = make_label_head(head, features, num_classes, kwargs)
     model.num_classes = num_classes
     model.head_spec = {"head": head, "head_kwargs": dict(head_kwargs)}
     model.forward_head = MethodType(forward_head, model)
+
+
+def make_label_head(head: str, features: int, num_classes: int, kwargs: dict) -> nn.Module:
+    """One of LABEL_HEADS. UserError for arguments that it does not take, or that make no head."""
+    try:
+        return LABEL_HEADS[head](features, num_classes, **kwargs)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        given = ", ".join(f"{key}={value}" for key, value in kwargs.items() if key != "cooccurrence")
+        raise UserError(f"--head {head} with {given or 'no arguments'}: {error}") from error
 
 
 def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mlc.data.text import Tokenizer, load_tokenizer, numbering
 from mlc.models.export import load_exported
+from mlc.models.feature_head import FeatureHead
 from mlc.models.fusion import Fused
 from shards.console import UserError
 
@@ -22,12 +23,12 @@ EMA = "ema"  # the name of the run's own average among the teachers
 
 
 class Teacher:
-    """image float [B, 3, H, W] normalised for the student, and what it is told of the captions -> the teacher's logits
+    """image float [B, 3, H, W] normalised for the student (or features), and what it is told of the captions -> logits
     [B, C], without a gradient."""
 
     def __init__(self, model: nn.Module):
         """`model`: in eval mode, built for the student's images."""
-        self.model, self._reads = model, isinstance(model, Fused)
+        self.model, self._reads = model, isinstance(model, Fused | FeatureHead)
         self._size: int | None = None
         self._scale = self._shift = None
 

@@ -84,8 +84,8 @@ def build_text_model(
         return _bigru(vocabulary, embeddings, kwargs or {})
     if pool not in POOLS:
         raise UserError(f"--text-pool {pool}: choose one of {', '.join(POOLS)}{did_you_mean(pool, POOLS)}")
-    source = _source(name, pretrained)
-    with _transformers(name):
+    source = files_of(name, pretrained)
+    with quiet_transformers(name):
         config = _config(name, source, kwargs or {})
         _refuse_tokenizer(name, config.vocab_size, vocabulary)
         model = _model(name, source, config, pretrained)
@@ -149,30 +149,30 @@ def text_folder(folder: Path) -> Path:
     return folder / "text" if (folder / "text" / "config.json").is_file() else folder
 
 
-def _source(name: str, pretrained: bool) -> str:
+def files_of(name: str, pretrained: bool, flag: str = "--text-model") -> str:
     """What transformers is given: a folder that has what is asked of it, or a name of the hub."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise UserError(f"--text-model {name}: there is no such folder; give one with config.json")
+            raise UserError(f"{flag} {name}: there is no such folder; give one with config.json")
         return name
     folder = text_folder(folder)
     if not (folder / "config.json").is_file():
-        raise UserError(f"--text-model {name}: no config.json in it; {_fix(name)}")
+        raise UserError(f"{flag} {name}: no config.json in it; {_fix(name, flag)}")
     if pretrained and not any((folder / file).is_file() for file in _WEIGHTS):
-        raise UserError(f"--text-model {name}: no model.safetensors in it; {_fix(name)}")
+        raise UserError(f"{flag} {name}: no model.safetensors in it; {_fix(name, flag)}")
     return str(folder)
 
 
-def _fix(name: str) -> str:
+def _fix(name: str, flag: str = "--text-model") -> str:
     hub = "NAME" if Path(name).is_dir() else name
-    return f"`hf download {hub} --local-dir FOLDER` where there is a network, then --text-model FOLDER"
+    return f"`hf download {hub} --local-dir FOLDER` where there is a network, then {flag} FOLDER"
 
 
 def _config(name: str, source: str, kwargs: dict):
     from transformers import AutoConfig
 
-    config = _cached_first(AutoConfig.from_pretrained, source)
+    config = cached_first(AutoConfig.from_pretrained, source)
     for key, value in kwargs.items():
         if not hasattr(config, key):
             near = did_you_mean(key, list(config.to_dict()))
@@ -183,7 +183,7 @@ def _config(name: str, source: str, kwargs: dict):
     return config
 
 
-def _cached_first(load: Callable[..., Any], source: str, **how: Any) -> Any:
+def cached_first(load: Callable[..., Any], source: str, **how: Any) -> Any:
     """What is in the local cache is not asked for again: without a network every file would be waited for."""
     try:
         return load(source, trust_remote_code=False, local_files_only=True, **how)
@@ -213,7 +213,7 @@ def _model(name: str, source: str, config, pretrained: bool) -> nn.Module:
     if not pretrained:
         config.dtype = torch.float32
         return AutoModel.from_config(config, trust_remote_code=False, **how)
-    model, report = _cached_first(AutoModel.from_pretrained, source, config=config, output_loading_info=True, **how)
+    model, report = cached_first(AutoModel.from_pretrained, source, config=config, output_loading_info=True, **how)
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(
@@ -232,7 +232,7 @@ def _positions(model: nn.Module) -> int | None:
 
 
 @contextmanager
-def _transformers(name: str) -> Iterator[None]:
+def quiet_transformers(name: str, flag: str = "--text-model") -> Iterator[None]:
     """It is quiet within, no progress bars and warnings, and what it raises is one line: what matters is an error."""
     try:
         from huggingface_hub.errors import StrictDataclassError
@@ -247,7 +247,7 @@ def _transformers(name: str) -> Iterator[None]:
     try:
         yield
     except (*_REFUSALS, StrictDataclassError) as error:
-        raise UserError(_refusal(name, error)) from error
+        raise UserError(_refusal(f"{flag} {name}", name, error)) from error
     finally:
         for log, level in levels:
             log.set_verbosity(level)
@@ -255,10 +255,11 @@ def _transformers(name: str) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _refusal(name: str, error: Exception) -> str:
+def _refusal(given: str, name: str, error: Exception) -> str:
+    fix = _fix(name, given.split()[0])
     if isinstance(error, OSError) and not Path(name).expanduser().is_dir():
-        return f"--text-model {name}: not in the local cache, and the hub has it not or is out of reach; {_fix(name)}"
+        return f"{given}: not in the local cache, and the hub has it not or is out of reach; {fix}"
     if isinstance(error, UnpicklingError):
-        return f"--text-model {name}: its pytorch_model.bin is damaged or no mere weights; give its model.safetensors"
+        return f"{given}: its pytorch_model.bin is damaged or no mere weights; give its model.safetensors"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"--text-model {name}: transformers cannot build it: {' '.join(lines[:2]) or type(error).__name__}"
+    return f"{given}: transformers cannot build it: {' '.join(lines[:2]) or type(error).__name__}"

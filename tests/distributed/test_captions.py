@@ -16,15 +16,15 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory) -> Path:
-    return hub_folder("bert", tmp_path_factory.mktemp("hub"))
+    return hub_folder("bert-uncased", tmp_path_factory.mktemp("hub"))
 
 
 @pytest.mark.parametrize(
     "world, fusion, text",
     [
-        ("cpu2", "concat", "bert"),
-        ("fsdp2", "cross-attention", "bert"),
-        ("zero2", "none", "bert"),
+        ("cpu2", "concat", "bert-uncased"),
+        ("fsdp2", "cross-attention", "bert-uncased"),
+        ("zero2", "none", "bert-uncased"),
         ("fsdp2", "gated", "deberta-v3"),
         ("zero2", "late", "albert"),
     ],

@@ -249,6 +249,15 @@ def captions_of(folder: str | Path, info: dict, reader: TarReader | FolderReader
     return EvalCaptions(reader.index, load_tokenizer(Path(folder) / "text"), clean=own.get("clean", ()), most=MOST)
 
 
+def reading_of(folder: str | Path, info: dict) -> tuple | None:
+    """How an exported model reads captions, equal for models that can read the same tokens; None where it does not."""
+    own = info.get("mlc", {})
+    if "fusion" not in own:
+        return None
+    tokenizer = load_tokenizer(Path(folder) / "text")
+    return own.get("clean"), tokenizer.max_tokens, numbering(tokenizer)
+
+
 def sees_images(info: dict) -> bool:
     own = info.get("mlc", {})
     return own.get("fusion") != "none" and "features" not in own

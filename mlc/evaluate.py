@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         views=views,
         bad=BadSamples(options.max_bad_samples),
         captions=captions_of(weights, info, reader),
-        features=features_of(options, info, reader, rows),
+        features=features_of(options, [info], reader, rows),
         title=f"evaluate {options.split}",
     )
     if accelerator.is_main_process:

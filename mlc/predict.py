@@ -1,22 +1,22 @@
 """Prediction: every sample once, whatever the number of processes, as a table of probabilities and a submission.
 
 `runs/NAME/predictions/SPLIT.csv` has `ImageID` and one probability per class, `submission.csv` beside it
-`ImageID,Labels`.
+`ImageID,Labels`. Several runs share one pass over the data: reading and decoding often cost more than a model.
 """
 
-import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from mlc.batch_size import in_prediction
-from mlc.captions import captions_of, sees_images
+from mlc.captions import captions_of, reading_of, sees_images
 from mlc.data.dataset import BadSamples, EvalDataset
 from mlc.data.features import Features, refuse_other_encoders
 from mlc.data.filters import select_rows
 from mlc.data.loader import readers
+from mlc.data.prediction_files import write_probabilities, write_submission
 from mlc.data.reader import FolderReader, TarReader
 from mlc.data.remote import open_reader
 from mlc.data.sources import open_split
@@ -27,7 +27,6 @@ from mlc.models.export import exported_crop, load_exported
 from mlc.parallel import launch
 from shards.console import Parser, UserError, say
 from shards.dataset import Dataset, load_dataset
-from shards.files import disk_errors, whole
 
 
 @launch.peers()
@@ -38,6 +37,8 @@ def main(argv: list[str] | None = None, load: Callable[[], tuple[torch.nn.Module
     options = _parser().parse_args(argv)
     if bool(options.data) == bool(options.images):
         raise UserError("give either --data DIR (packed shards) or --images DIR (a folder of images)")
+    if len(options.run) > 1 and not options.out:
+        raise UserError(f"--run comes {len(options.run)} times: give --out DIR, where their mean goes")
     views = tta_views(options.tta)
 
     # ---- Launch: one CPU thread per process, since the rounding of a product may depend on the number of threads
@@ -45,34 +46,51 @@ def main(argv: list[str] | None = None, load: Callable[[], tuple[torch.nn.Module
     if accelerator.device.type == "cpu":
         torch.set_num_threads(1)
 
-    # ---- Model and data
-    weights = None if load else weights_folder(options.run, options.weights)
-    model, info = load() if load else load_exported(weights)
-    classes = info["label_names"]
+    # ---- Models and data
+    names = run_names(options.run)
+    weights = None if load else [weights_folder(run, options.weights) for run in options.run]
+    loaded = [load()] if load else [load_exported(folder) for folder in weights]
+    classes = loaded[0][1]["label_names"]
+    order = [_columns(run, info, options.run[0], classes) for run, (_, info) in zip(options.run, loaded, strict=True)]
     reader, rows, name = _open(options, classes)
+    rule = _rule(options)
 
     # ---- Predict
-    scores, seen = predict(
-        model.to(accelerator.device),
-        info,
-        reader,
-        rows,
-        accelerator,
-        batch_size=options.batch_size,
-        workers=options.workers,
-        views=views,
-        bad=BadSamples(options.max_bad_samples),
-        captions=weights and captions_of(weights, info, reader),
-        features=features_of(options, info, reader, rows),
-        title=f"predict {name}",
-    )
-    scores[~seen] = 0.0  # a submission needs its row; nothing was seen, so nothing is predicted
+    scores = np.empty((len(loaded), len(rows), len(classes)), np.float32)
+    seen = np.ones(len(rows), bool)
+    passes = list(_passes(loaded, weights))
+    for numbers in passes:
+        info = loaded[numbers[0]][1]
+        found, able = predict_each(
+            [loaded[number][0].to(accelerator.device) for number in numbers],
+            info,
+            reader,
+            rows,
+            accelerator,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            views=views,
+            bad=BadSamples(options.max_bad_samples),
+            captions=weights and captions_of(weights[numbers[0]], info, reader),
+            features=features_of(options, [loaded[number][1] for number in numbers], reader, rows),
+            title=f"predict {name}",
+        )
+        seen &= able
+        for number, own in zip(numbers, found, strict=True):
+            scores[number] = own[:, order[number]]
+    each, scores = scores, scores.mean(axis=0, dtype=np.float64).astype(np.float32)
+    for table in (*each, scores):
+        table[~seen] = 0.0  # a submission needs its row; nothing was seen, so nothing is predicted
 
     # ---- Write
     if accelerator.is_main_process:
-        folder = Path(options.out) if options.out else Path(options.run) / "predictions"
-        rule = _rule(options)
+        folder = Path(options.out or Path(options.run[0]) / "predictions")
         ids = [reader.image_id(row) for row in rows]
+        if len(each) > 1:
+            for run, own in zip(names, each, strict=True):
+                write_probabilities(folder / f"{name}-{run}.csv", ids, classes, own)
+            ways = f", since they see the samples in {len(passes)} ways" if len(passes) > 1 else ""
+            say(f"{len(each)} runs in {len(passes)} pass{'es' * (len(passes) > 1)} over the data{ways}; their mean:")
         write_probabilities(folder / f"{name}.csv", ids, classes, scores)
         write_submission(folder / "submission.csv", ids, classes, thresholds.apply(scores, rule))
         if bad := (~seen).sum():
@@ -84,11 +102,17 @@ def main(argv: list[str] | None = None, load: Callable[[], tuple[torch.nn.Module
     accelerator.end_training()
 
 
-def predict(
-    model, info, reader, rows, accelerator, *, batch_size, workers, views, bad, captions=None, features=None, title=""
+def predict(model, info, reader, rows, accelerator, **how) -> tuple[np.ndarray, np.ndarray]:
+    """`predict_each` for one model: (probabilities float32 [N, C], seen bool [N])."""
+    scores, seen = predict_each([model], info, reader, rows, accelerator, **how)
+    return scores[0], seen
+
+
+def predict_each(
+    models, info, reader, rows, accelerator, *, batch_size, workers, views, bad, captions=None, features=None, title=""
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(probabilities float32 [N, C] of the rows int64 [N], averaged over the views and captions, seen bool [N]), the
-    same on every process.
+    """(probabilities float32 [M, N, C] of the rows int64 [N], averaged over the views and captions, seen bool [N]), the
+    same on every process. All models see the samples as `info` says.
 
     Rows whose image could not be read are counted in `bad`, not seen, and NaN.
     """
@@ -100,9 +124,9 @@ def predict(
         mean=tuple(config["mean"]),
     )
     seen = np.zeros(len(rows), bool)
-    scores = np.full((len(rows), len(info["label_names"])), np.nan, np.float32)
+    scores = np.full((len(models), len(rows), len(info["label_names"])), np.nan, np.float32)
     for found, logits in logits_of_rows(
-        [model],
+        models,
         EvalDataset(reader, transform, rows, captions=captions, features=features, images=sees_images(info)),
         accelerator,
         batch_size=batch_size,
@@ -116,8 +140,9 @@ def predict(
         place = np.searchsorted(rows, found)
         assert not seen[place].any(), "a row was predicted twice"
         seen[place] = True
-        scores[place] = probabilities(logits[:, 0])
-    missing = np.isnan(scores).any(axis=1) & seen
+        for own, answers in zip(scores, logits.swapaxes(0, 1), strict=True):
+            own[place] = probabilities(answers)
+    missing = np.isnan(scores).any(axis=(0, 2)) & seen
     if missing.any():
         raise UserError(
             f"{reader.name(int(rows[missing.argmax()]))}: the model's output is not a number ({missing.sum()} samples)"
@@ -136,6 +161,39 @@ def weights_folder(run: str, which: str = "best") -> Path:
     if not (folder / which).is_dir():
         raise UserError(f"--run {run}: no {which}/ in it; a run has one after its first evaluation")
     return folder / which
+
+
+def run_names(runs: Sequence[str]) -> list[str]:
+    """Short names that tell the runs apart, by their folders. Raises UserError for one that is named twice."""
+    paths = [Path(run).resolve() for run in runs]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise UserError(f"--run {path} is named twice; `mlc ensemble --weights 2,1` gives it more weight")
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["-".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _columns(run: str, info: dict, first: str, classes: Sequence[str]) -> list[int]:
+    """Where a run has the classes of the first one. Raises UserError where it has others."""
+    names = info["label_names"]
+    if set(names) != set(classes):
+        odd = sorted(set(names) ^ set(classes))[0]
+        raise UserError(f"--run {run} has other classes than {first}, such as {odd!r}; predict each by itself")
+    return [names.index(name) for name in classes]
+
+
+def _passes(loaded: Sequence[tuple], weights: Sequence[Path] | None) -> Iterable[list[int]]:
+    """The numbers of the runs that see their samples in the same way, so that one pass serves them."""
+    alike: dict[str, list[int]] = {}
+    for number, (_, info) in enumerate(loaded):
+        config = info["pretrained_cfg"]
+        image = [config[key] for key in ("input_size", "crop_pct", "mean", "std")] + [exported_crop(info)]
+        text = reading_of(weights[number], info) if weights else None
+        alike.setdefault(repr((image if sees_images(info) else None, text)), []).append(number)
+    return alike.values()
 
 
 def _open(options, classes: Sequence[str]) -> tuple[TarReader | FolderReader, np.ndarray, str]:
@@ -159,56 +217,38 @@ def open_rows(options, *, labelled: bool = False) -> tuple[Dataset, TarReader, n
     return dataset, reader, np.arange(len(index)) if rows is None else rows
 
 
-def features_of(options, info: dict, reader: TarReader | FolderReader, rows: np.ndarray) -> Features | None:
-    """`--features` of the rows, for an exported model with the `config.json` `info` that was trained on some; else
+def features_of(options, infos: Sequence[dict], reader: TarReader | FolderReader, rows: np.ndarray) -> Features | None:
+    """`--features` of the rows, for exported models with the `config.json` `infos` that were trained on some; else
     None. Raises UserError where the one does not fit the other."""
-    then = info.get("mlc", {}).get("features")
-    if then is None and options.features:
+    trained_on = [info.get("mlc", {}).get("features") for info in infos]
+    if options.features and None in trained_on:
         raise UserError(f"--features {options.features[0]}: this run sees images or captions, and takes no features")
-    if then is None:
+    if None in trained_on:
         return None
     if isinstance(reader, FolderReader):
         raise UserError("this run was trained on features, and a folder of images has none; pack it and give --data")
     if not options.features:
-        names = " and ".join(encoder["name"] for encoder in then)
+        names = " and ".join(encoder["name"] for encoder in trained_on[0])
         raise UserError(f"this run was trained on features of {names}: give --features FILE of `mlc features`")
     if getattr(options, "tta", ""):
         raise UserError(f"--tta {options.tta}: features have no views; `mlc features --tta` averages those of an image")
     dataset = load_dataset(options.data, cache_dir=options.cache_dir)
     features = Features(options.features, dataset, options.split, reader.index, rows)
-    refuse_other_encoders(then, features.encoders, " + ".join(options.features))
+    for then in trained_on:
+        refuse_other_encoders(then, features.encoders, " + ".join(options.features))
     return features
 
 
 def _rule(options) -> dict:
-    """The thresholds to apply: the flag's, else the run's own."""
+    """The thresholds to apply: the flag's, else the run's own; of several runs with a single one each, their mean."""
     if options.threshold is not None:
         return {"metric": None, "global": options.threshold, "value": None}
-    return thresholds.load(weights_folder(options.run, options.weights) / "thresholds.json")
-
-
-def write_probabilities(path: Path, ids: Sequence[str], classes: Sequence[str], scores: np.ndarray) -> None:
-    """`ImageID` and a column per class, nine digits (a float32 to the last bit), in row order; written whole."""
-    _write(
-        path,
-        ["ImageID", *classes],
-        ([image_id, *(f"{p:.9g}" for p in row)] for image_id, row in zip(ids, scores, strict=True)),
-    )
-
-
-def write_submission(path: Path, ids: Sequence[str], classes: Sequence[str], predicted: np.ndarray) -> None:
-    """`ImageID,Labels`, the predicted classes joined by blanks."""
-    labels = (" ".join(classes[c] for c in np.flatnonzero(row)) for row in predicted)
-    _write(path, ["ImageID", "Labels"], zip(ids, labels, strict=True))
-
-
-def _write(path: Path, header: list[str], rows) -> None:
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as building, building.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
+    rules = [thresholds.load(weights_folder(run, options.weights) / "thresholds.json") for run in options.run]
+    if len(rules) == 1:
+        return rules[0]
+    if any(rule.get("rule", "global") != "global" for rule in rules):
+        raise UserError("give --threshold: rules with more than one number have no mean")
+    return {"metric": None, "global": float(np.mean([rule["global"] for rule in rules])), "value": None}
 
 
 def _parser() -> Parser:
@@ -218,7 +258,12 @@ def _parser() -> Parser:
         epilog="example: accelerate launch --config_file accelerate_config.yaml -m mlc predict --run runs/demo "
         "--data data/demo-shards --split test --tta hflip",
     )
-    parser.add_argument("--run", required=True, help="folder of the run, or of exported weights")
+    parser.add_argument(
+        "--run",
+        required=True,
+        action="append",
+        help="folder of the run, or of exported weights; several are predicted in one pass, each and their mean",
+    )
     parser.add_argument(
         "--weights", choices=("best", "last"), default="best", help="which weights of the run (default: best)"
     )
@@ -234,7 +279,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--threshold", type=float, help="predict a class above this probability (default: the run's thresholds.json)"
     )
-    parser.add_argument("--out", help="folder of the output (default: predictions/ in the run)")
+    parser.add_argument("--out", help="folder of the output (default: predictions/ in the run, if it is one)")
     add_compute_flags(parser)
     return parser
 

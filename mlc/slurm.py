@@ -137,7 +137,7 @@ def _place(job: str, arguments: list[str]) -> tuple[Path, str]:
     if job == "predict":
         from mlc.predict import _parser as predict_parser
 
-        run = Path(predict_parser().parse_args(arguments).run)
+        run = Path(predict_parser().parse_args(arguments).run[0])
         return run, run.name
     run = run_folder(arguments)
     return (run.with_name(f"{run.name}-kfold"), f"{run.name}-kfold") if job == "kfold" else (run, run.name)

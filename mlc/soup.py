@@ -22,11 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mlc.batch_size import in_prediction
-from mlc.captions import captions_of
+from mlc.captions import captions_of, reading_of
 from mlc.ckpt import export_weights
 from mlc.data.dataset import BadSamples
 from mlc.data.loader import readers
-from mlc.data.text import load_tokenizer, numbering
 from mlc.inference import tta_views
 from mlc.metrics import multilabel, thresholds
 from mlc.models.export import load_exported, write_config
@@ -168,22 +167,14 @@ def _same_kind(named: dict[str, Path]) -> tuple[torch.nn.Module, dict[str, Any]]
         for key in ("input_size", "mean", "std"):
             if theirs["pretrained_cfg"][key] != info["pretrained_cfg"][key]:
                 raise UserError(f"{name} sees its images with another {key} than {first}; they cannot be averaged")
-        mine, own = (_reads(place, about) for place, about in ((folder, info), (other, load_exported(other)[1])))
-        if own != mine:
+        fused = [about.get("mlc", {}).get(key) for about in (info, theirs) for key in ("fusion", "fusion_kwargs")]
+        if fused[:2] != fused[2:] or reading_of(folder, info) != reading_of(other, theirs):
             raise UserError(f"{name} reads captions in another way than {first}; they cannot be averaged")
         if _shapes(other) != shapes:
             raise UserError(f"{name} has other tensors than {first}; only models of one kind can be averaged")
     if any(name.endswith("running_var") for name in shapes):
         say("note: the statistics of batch norm are averaged too, not measured anew; look at the score before use")
     return model, info
-
-
-def _reads(folder: Path, info: dict[str, Any]) -> tuple | None:
-    """How a model fuses and cleans captions, and which numbers their words have."""
-    own = info.get("mlc", {})
-    if "fusion" not in own:
-        return None
-    return own["fusion"], own["fusion_kwargs"], own.get("clean"), numbering(load_tokenizer(folder / "text"))
 
 
 def _shapes(folder: Path) -> dict[str, list[int]]:
@@ -199,7 +190,7 @@ def _scorer(options: Namespace, model: torch.nn.Module, info: dict[str, Any], fo
     if info["label_names"] != list(dataset.classes):
         raise UserError(f"{options.data} has other classes than the models; score on the data they were trained for")
 
-    features = features_of(options, info, reader, rows)
+    features = features_of(options, [info], reader, rows)
 
     def score(state: State) -> dict[str, float]:
         model.load_state_dict(state)

@@ -13,7 +13,8 @@ import torch
 
 from mlc import jobs, slurm, stages
 from mlc.clock import Clock
-from mlc.data.sources import open_sources, open_validation
+from mlc.config import Config
+from mlc.data.sources import Sources, open_sources, open_validation
 from mlc.flags import read_flags, read_yaml, write_yaml
 from mlc.report import sweep as report
 from mlc.resume import SILENT
@@ -45,14 +46,14 @@ def main(argv: list[str] | None = None) -> int:
     if options.report_only:
         return _report(sweep)
     _check(chosen)
-    _write_settings(chosen)
+    write_settings(chosen)
     if options.slurm is not None:
         return _submit(sweep, chosen, options)
     left = jobs.work(
         [jobs.Job(run.folder, tuple(sweep.out / name for name in run.needs)) for run in chosen],
         at_once=options.jobs or 1,
         launch_file=slurm.launch_file(options.launch) if options.launch else None,
-        gpus=[] if options.launch else _gpus(),
+        gpus=[] if options.launch else visible_gpus(),
         say=say,
     )
     if options.task is None:
@@ -82,21 +83,27 @@ def _check(runs: list[Run]) -> None:
     """Raises UserError, naming the variant, for what would stop a run in its first seconds."""
     for run in {run.variant: run for run in reversed(runs)}.values():
         try:
-            sources = open_sources(run.config)
-            if not open_validation(run.config, sources.dataset):
-                raise UserError("a sweep compares evaluations: give --val-split or --fold")
-            refuse_unknown_metric(run.config, sources.dataset)
-            size = int(run.config.global_batch_size or run.config.batch_size)
-            lengths = {"epoch_samples": sources.sampler.epoch_samples, "global_batch": size}
-            for stage in stages.lay_out(run.config, **lengths):
-                Clock(stage, **lengths)
+            check(run.config)
         except UserError as error:
             raise UserError(f"variant {run.variant}: {error}") from error
     for run in runs:
-        _refuse_other_settings(run)
+        refuse_other_settings(run)
 
 
-def _refuse_other_settings(run: Run) -> None:
+def check(config: Config) -> Sources:
+    """What a run reads. Raises UserError for what would stop it in its first seconds."""
+    sources = open_sources(config)
+    if not open_validation(config, sources.dataset):
+        raise UserError("a sweep compares evaluations: give --val-split or --fold")
+    refuse_unknown_metric(config, sources.dataset)
+    size = int(config.global_batch_size or config.batch_size)
+    lengths = {"epoch_samples": sources.sampler.epoch_samples, "global_batch": size}
+    for stage in stages.lay_out(config, **lengths):
+        Clock(stage, **lengths)
+    return sources
+
+
+def refuse_other_settings(run: Run) -> None:
     """A table must not mix runs of two versions of its file."""
     path = run.folder / "args.yaml"
     then, now = read_yaml(path) if path.exists() else {}, vars(run.config)
@@ -105,18 +112,18 @@ def _refuse_other_settings(run: Run) -> None:
         if not same and name not in MAY_DIFFER:
             raise UserError(
                 f"{run.folder} was trained with {name} {value}, and now it is {now[name]}; delete that folder, or give "
-                "another --out"
+                "the runs another"
             )
 
 
-def _write_settings(runs: list[Run]) -> None:
+def write_settings(runs: list[Run]) -> None:
     for run in runs:
         with disk_errors(run.folder):
             run.folder.mkdir(parents=True, exist_ok=True)
             write_yaml(run.config, run.folder / jobs.SETTINGS)
 
 
-def _gpus() -> list[str]:
+def visible_gpus() -> list[str]:
     """Their names for CUDA_VISIBLE_DEVICES."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:

@@ -78,17 +78,30 @@ def read_predictions(file: Path, classes: Sequence[str]) -> tuple[pa.Array, np.n
     return ids, probabilities
 
 
+def read_header(file: Path) -> list[str]:
+    """The names of the columns of a CSV or Arrow file. Raises UserError."""
+    if not is_prediction_file(str(file)):
+        raise UserError(f"{file}: expected predictions in a .csv or .arrow file")
+    try:
+        if file.suffix.lower() == ".csv":
+            with pa.csv.open_csv(file) as reader:  # only its header is of interest
+                return reader.schema.names
+        with pa.memory_map(str(file)) as mapped, pa.ipc.open_file(mapped) as reader:
+            return reader.schema.names
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{file} cannot be read as predictions: {str(error).splitlines()[0]}") from None
+
+
 def _read_csv(file: Path, classes: Sequence[str]) -> pa.Table:
-    with pa.csv.open_csv(file) as reader:  # only its header is of interest
-        _check_columns(file, reader.schema.names, classes)
+    _check_columns(file, read_header(file), classes)
     kinds = {"ImageID": pa.large_string()} | {name: pa.float32() for name in classes}
     options = pa.csv.ConvertOptions(column_types=kinds, include_columns=list(kinds), strings_can_be_null=False)
     return pa.csv.read_csv(file, convert_options=options)
 
 
 def _read_arrow(file: Path, classes: Sequence[str]) -> pa.Table:
+    _check_columns(file, read_header(file), classes)
     with pa.memory_map(str(file)) as mapped, pa.ipc.open_file(mapped) as reader:
-        _check_columns(file, reader.schema.names, classes)
         return reader.read_all().select(["ImageID", *classes])
 
 

@@ -1,45 +1,169 @@
-"""Two models' answers to the same samples, put together after both are trained: what an image says and what its caption
-says. All of it on probabilities that were held out or predicted out of fold; weights that were tuned on training data
-would trust the model that knows it by heart.
+"""Several models' answers to the same samples, put together after all are trained: folds, architectures, image and
+caption. Whatever is tuned here is tuned on probabilities that were held out or predicted out of fold; weights tuned on
+training data would trust the model that knows it by heart. How much of a tuned score is real, `cross_fitted` says.
+
+Answers are a stack [M, N, C]: models, samples, classes. Weights are [M], or [M, C] for each class its own, and sum to 1
+over the models.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import minimize
+from scipy.stats import rankdata
 
-from mlc.metrics.multilabel import average_precision
+from mlc.metrics import multilabel
 from mlc.metrics.thresholds import best_global_threshold
 
-
-def union(
-    p_image: NDArray, p_text: NDArray, threshold_image: ArrayLike, threshold_text: ArrayLike
-) -> NDArray[np.bool_]:
-    """bool [N, C]: the labels that either model predicts, each above a threshold of its own (a number or [C])."""
-    of_image, of_text = (p > np.asarray(t, p.dtype) for p, t in ((p_image, threshold_image), (p_text, threshold_text)))
-    return of_image | of_text
-
-
-def late(p_image: NDArray, p_text: NDArray, weights: ArrayLike) -> NDArray:
-    """w p_image + (1 - w) p_text, [N, C]; w, the image's share, is a number or [C], as `tune_late` gives it."""
-    w = np.asarray(weights, p_image.dtype)
-    return w * p_image + (1 - w) * p_text
+METRICS = ("f1_samples", "f1_micro", "f1_macro", "map")
+PRIOR = 10.0  # a class's own weights count as if so many samples more had spoken for those of all classes
+ROUNDS = 50  # of the greedy search; it ends PATIENCE rounds after its best
+PATIENCE = 10
+_LEAST = 1e-7  # probability of what happened: one sure and wrong answer must not decide alone
+Fit = Callable[[NDArray, NDArray], NDArray]  # stack [M, N, C], target bool [N, C] -> weights
 
 
-def tune_late(
-    p_image: NDArray, p_text: NDArray, target: NDArray, *, per_class: bool, steps: int = 20
-) -> NDArray[np.float64]:
-    """[C]: the image's share in `late`, out of 0, 1 / steps, ..., 1. Of equally good ones the nearest to a half.
+# ---- means -----------------------------------------------------------------------------------------------------------
 
-    per_class: each class's own, with the highest average precision (a half for a class without positives); else one for
-    all, with the highest sample-F1 at the threshold that is best for it.
-    p_image, p_text probabilities [N, C], target bool or 0/1 [N, C].
+
+def mean(stack: NDArray, weights: ArrayLike | None = None) -> NDArray[np.float32]:
+    """[N, C]: the weighted arithmetic mean; without weights that of equals."""
+    models, samples, classes = stack.shape
+    shares = np.full(models, 1 / models) if weights is None else np.asarray(weights, np.float64)
+    total = np.zeros((samples, classes), np.float64)
+    for answers, share in zip(stack, shares, strict=True):
+        total += share * answers
+    return np.clip(total, 0, 1).astype(np.float32)
+
+
+def geometric(stack: NDArray) -> NDArray[np.float32]:
+    """[N, C]: the geometric mean; a model that is sure of no rules the label out."""
+    with np.errstate(divide="ignore"):
+        return np.exp(np.mean([np.log(answers.astype(np.float64)) for answers in stack], axis=0)).astype(np.float32)
+
+
+def ranks(stack: NDArray) -> NDArray[np.float32]:
+    """[M, N, C]: each answer's rank among those of its model to its class, in (0, 1]; equal answers share their mean
+    rank. For models whose probabilities mean different things. What a rank says depends on all samples, and common and
+    rare classes look alike: good for mAP, and for thresholds of each class, not for one threshold.
     """
-    assert p_image.shape == p_text.shape == target.shape, f"{p_image.shape}, {p_text.shape} and {target.shape} differ"
-    grid = np.arange(steps + 1) / steps
-    grid = grid[np.argsort(np.abs(grid - 0.5), kind="stable")]  # argmax takes the first of equals
-    mixtures = (late(p_image, p_text, w) for w in grid)
-    if per_class:
-        values = np.stack([average_precision(scores, target) for scores in mixtures])
-        best = np.nan_to_num(values).argmax(0)
-        return np.where(np.isnan(values[0]), 0.5, grid[best])
-    values = [best_global_threshold(scores, target)[1] for scores in mixtures]
-    return np.full(target.shape[1], grid[int(np.argmax(values))])
+    return np.stack([rankdata(answers, axis=0) / len(answers) for answers in stack]).astype(np.float32)
+
+
+def union(stack: NDArray, thresholds: ArrayLike) -> NDArray[np.bool_]:
+    """bool [N, C]: the labels that any model predicts; thresholds [M], or [M, C], each model above its own."""
+    pairs = zip(stack, np.asarray(thresholds, stack.dtype), strict=True)
+    return np.any([answers > threshold for answers, threshold in pairs], axis=0)
+
+
+def vote(sets: NDArray, weights: ArrayLike, share: float = 0.5) -> NDArray[np.bool_]:
+    """bool [N, C]: the labels for which more than `share` of the weight is; label sets bool [M, N, C], weights [M].
+
+    Two equal votes for different things are no majority for either.
+    """
+    weights = np.asarray(weights, np.float64)
+    return np.tensordot(weights / weights.sum(), sets, axes=1) > share + 1e-12  # 0.1 + 0.2 of 0.6 is a half
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
+
+
+def tuned(stack: NDArray, target: NDArray) -> NDArray[np.float64]:
+    """[M]: the weights whose mean has the least binary cross-entropy, over all samples and classes together.
+
+    Cross-entropy of a weighted mean is convex in the weights, so the optimum is the only one there is (the linear
+    opinion pool; Clemen and Winkler 1999).
+    """
+    return _least(stack, target, np.full(len(stack), 1 / len(stack)))
+
+
+def tuned_per_class(stack: NDArray, target: NDArray, prior: float = PRIOR) -> NDArray[np.float64]:
+    """[M, C]: `tuned` for each class by itself, drawn to the weights of all classes by a Dirichlet prior of that many
+    samples, so that a class with three positives does not make up weights of its own."""
+    together = tuned(stack, target)
+    columns = range(stack.shape[2])
+    return np.stack([_least(stack[:, :, [c]], target[:, [c]], together, prior) for c in columns], axis=1)
+
+
+def greedy(stack: NDArray, target: NDArray, metric: str = "f1_samples") -> NDArray[np.float64]:
+    """[M]: from nothing, always add the model that gives the best `metric` of the mean, the same one as often as it is
+    the best; the weights are the counts at the best moment (Caruana et al. 2004, "Ensemble selection").
+
+    An F1 is that at its best single threshold.
+    """
+    counts, kept, best = np.zeros(len(stack)), np.ones(len(stack)), -1.0
+    total = np.zeros(stack.shape[1:], np.float32)
+    for size in range(1, ROUNDS + 1):
+        values = [value((total + answers) / np.float32(size), target, metric) for answers in stack]
+        chosen = int(np.argmax(values))
+        total += stack[chosen]
+        counts[chosen] += 1
+        if values[chosen] > best:
+            best, kept = values[chosen], counts.copy()
+        if size - kept.sum() >= PATIENCE:
+            break
+    return kept / kept.sum()
+
+
+def _least(stack: NDArray, target: NDArray, towards: NDArray, prior: float = 0.0) -> NDArray[np.float64]:
+    """[M]: the minimum over the simplex of - sum log(w . q) - prior * towards . log(w), q the probability that each
+    model gave to what happened."""
+    start = 0.99 * towards + 0.01 / len(towards)
+    pulls = prior * towards
+
+    def loss(weights: NDArray) -> tuple[float, NDArray]:
+        value, slope = 0.0, np.zeros(len(weights))
+        for c in range(stack.shape[2]):  # by class, since all of them in float64 would be a second copy of the stack
+            told = stack[:, :, c].astype(np.float64)
+            told = np.clip(np.where(target[:, c], told, 1 - told), _LEAST, 1)
+            mixed = weights @ told
+            value -= np.log(mixed).sum()
+            slope -= (told / mixed).sum(1)
+        held = np.maximum(weights, 1e-12)
+        return value - pulls @ np.log(held), slope - pulls / held
+
+    first = max(abs(loss(start)[0]), 1e-9)
+    found = minimize(
+        lambda weights: tuple(part / first for part in loss(weights)),
+        start,
+        jac=True,
+        method="SLSQP",
+        bounds=[(0, 1)] * len(start),
+        constraints={"type": "eq", "fun": lambda w: w.sum() - 1, "jac": np.ones_like},
+        options={"ftol": 1e-12, "maxiter": 200},
+    ).x
+    found = np.clip(found, 0, 1) / np.clip(found, 0, 1).sum()
+    return min((found, start, towards), key=lambda weights: loss(weights)[0])
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+
+def value(scores: NDArray, target: NDArray, metric: str) -> float:
+    """One of METRICS; an F1 is that at its best single threshold."""
+    if metric == "map":
+        return multilabel.mean_average_precision(scores, target)
+    return best_global_threshold(scores, target, metric)[1]
+
+
+def cross_fitted(
+    stack: NDArray, target: NDArray, fit: Fit, metrics: tuple[str, ...], folds: int = 5
+) -> dict[str, float]:
+    """What `fit` and the threshold are worth for samples that they were not made for, {metric: value}.
+
+    The samples are dealt into `folds`, always in the same way; the weights and the threshold for each part come from
+    the others. stack [M, N, C] with N >= folds.
+    """
+    part = np.random.RandomState(0).permutation(stack.shape[1]) % folds
+    scores = np.empty(stack.shape[1:], np.float32)
+    decided = {metric: np.empty(scores.shape, bool) for metric in metrics if metric != "map"}
+    for number in range(folds):
+        own, others = part == number, part != number
+        weights = fit(stack[:, others], target[others])
+        scores[own], known = mean(stack[:, own], weights), mean(stack[:, others], weights)
+        for metric, predicted in decided.items():
+            threshold = best_global_threshold(known, target[others], metric)[0]
+            predicted[own] = scores[own] > np.float32(threshold)
+    f1 = {metric: getattr(multilabel, metric)(predicted, target) for metric, predicted in decided.items()}
+    return {metric: f1[metric] if metric in f1 else value(scores, target, metric) for metric in metrics}

@@ -13,6 +13,7 @@ VERBS = {
     "verify": ("shards.verify", "check every shard against its checksums"),
     "train": ("mlc.published", "train (the same as train.py)"),
     "eval": ("mlc.evaluate", "score a run on a split that has labels"),
+    "tune": ("mlc.tune", "tune what turns probabilities into labels: thresholds and other rules"),
     "predict": ("mlc.predict", "predict a split or a folder of images, with test-time augmentation"),
     "ensemble": ("mlc.ensemble", "combine predictions: weighted, tuned, greedy, by vote or union"),
     "embed": ("mlc.embed", "train word vectors on captions"),

@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         rule = tuned if options.threshold == "tuned" else rule
     if rule:
         written.append(_beside(out, "submission.csv"))
-        write_submission(written[-1], answers.ids, answers.classes, thresholds.apply(scores, rule))
+        write_submission(written[-1], answers.ids, answers.classes, thresholds.apply(scores, rule, answers.classes))
     say(f"{len(files)} files, {method}: {', '.join(map(str, written))}")
     return 0
 

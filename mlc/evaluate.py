@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         folder = Path(options.run) / "predictions"
         ids = [reader.image_id(row) for row in rows]
         write_probabilities(folder / f"{options.split}.csv", ids, dataset.classes, scores)
-        predicted = thresholds.apply(scores, rule)
+        predicted = thresholds.apply(scores, rule, dataset.classes)
         contact_sheet(folder / f"{options.split}.png", reader, rows, predicted, dataset.classes)
         (folder / f"{options.split}.json").write_text(json.dumps(results, indent=1) + "\n")
         if options.json:
@@ -81,7 +81,7 @@ def score(scores: np.ndarray, target: np.ndarray, dataset, rule: dict) -> dict[s
     scores float32 and target bool, both [N, C].
     """
     results = dict(multilabel.evaluate(scores, target, threshold=0.5, groups=dataset.group_columns))
-    results["f1_samples@run"] = multilabel.f1_samples(thresholds.apply(scores, rule), target)
+    results["f1_samples@run"] = multilabel.f1_samples(thresholds.apply(scores, rule, dataset.classes), target)
     # What the prevalence alone gives: every sample gets the classes that more than half of the samples have.
     common = np.broadcast_to(target.mean(0) > 0.5, target.shape)
     results["f1_samples@commonest"] = multilabel.f1_samples(common, target)

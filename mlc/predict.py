@@ -92,11 +92,11 @@ def main(argv: list[str] | None = None, load: Callable[[], tuple[torch.nn.Module
             ways = f", since they see the samples in {len(passes)} ways" if len(passes) > 1 else ""
             say(f"{len(each)} runs in {len(passes)} pass{'es' * (len(passes) > 1)} over the data{ways}; their mean:")
         write_probabilities(folder / f"{name}.csv", ids, classes, scores)
-        write_submission(folder / "submission.csv", ids, classes, thresholds.apply(scores, rule))
+        write_submission(folder / "submission.csv", ids, classes, thresholds.apply(scores, rule, classes))
         if bad := (~seen).sum():
             say(f"{bad} bad image{'s' * (bad > 1)}: probability 0 for every class")
         say(
-            f"{len(ids)} samples x {len(views)} view{'s' * (len(views) > 1)}, threshold {rule['global']:.4f}: "
+            f"{len(ids)} samples x {len(views)} view{'s' * (len(views) > 1)}, {thresholds.describe(rule)}: "
             f"{folder / f'{name}.csv'} and {folder / 'submission.csv'}"
         )
     accelerator.end_training()

@@ -67,7 +67,7 @@ def read_sets(files: Sequence[Path], rules: Sequence[Mapping | None], also: Sequ
         else:
             _same(file, class_columns(file), next(filter(None, tables)), classes, "class")
             ids, scores = read_predictions(file, classes)
-            sets.append((ids, thresholds.apply(scores, rule)))
+            sets.append((ids, thresholds.apply(scores, rule, classes)))
     first = sets[0][0]
     stack = [chosen[_places(file, ids, files[0], first)] for file, (ids, chosen) in zip(files, sets, strict=True)]
     return Answers(first.to_pylist(), classes, np.stack(stack))

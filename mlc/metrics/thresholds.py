@@ -1,116 +1,171 @@
-"""A sigmoid at 0.5 is rarely where F1 is best: labels are sparse and the loss knows nothing of F1. The best single
-threshold is found exactly, out of all of them, because a grid would make the tuned number depend on its spacing.
+"""A sigmoid at 0.5 is rarely where F1 is best: labels are sparse and the loss knows nothing of F1. What decides instead
+stands in `thresholds.json` beside a checkpoint, and every story that predicts labels asks `apply`.
 
-`thresholds.json` beside a checkpoint: `{"metric": "f1_samples", "global": 0.23, "value": 0.71}`.
+`{"metric": "f1_samples", "global": 0.23, "value": 0.71}` is what training writes: one threshold. `mlc tune` writes a
+`rule` too, with what that needs, and the value that held-out images confirmed:
+
+    global, label-count   global
+    group                 classes {name: threshold}, groups {name: threshold}
+    class, balance        classes {name: threshold}
+    max-fraction          fraction, of the likeliest class of the image
+    top-k                 classes [name], groups {name: {threshold, min, max, classes}}
+    expected              beta
+
+`global` is always there, for readers that know no other.
 """
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.console import UserError
+from mlc.metrics import expected_fbeta, top_k
+from mlc.metrics.threshold_search import Metric, best_thresholds
+from shards.console import UserError, did_you_mean
 from shards.files import whole
 
-# What one F1 is taken over: a sample's row, a class's column, or everything as one long row. All three are then means
-# of F1 over the rows of a matrix, and one algorithm serves them.
-_ROWS = {
-    "f1_samples": lambda matrix: matrix,
-    "f1_macro": lambda matrix: matrix.T,
-    "f1_micro": lambda matrix: matrix.reshape(1, -1),
-}
+RULES = ("global", "group", "class", "max-fraction", "top-k", "balance", "label-count", "expected")
 
 
 def best_global_threshold(scores: NDArray, target: NDArray, metric: str = "f1_samples") -> tuple[float, float]:
     """(threshold, value): the optimum of `metric` over every threshold there is, with the rule `score > threshold`.
 
-    scores floating [N, C], target bool or 0/1 [N, C]; metric is f1_samples, f1_micro or f1_macro, an F1 without labels
-    and predictions counting as 0. A label joins its row's prediction when the threshold passes its score, and changes
-    that row's F1 by a known amount: summed from the highest score down these give the metric at every threshold, read
-    only between distinct scores. The threshold lies midway between its two neighbouring scores (for the lowest score:
-    between it and 0). Without a positive label every threshold is worth 0 and 0.5 is returned.
+    scores floating [N, C], target bool or 0/1 [N, C]; metric is f1_samples, f1_micro, f1_macro or another beta's, an
+    F-beta without labels and predictions counting as 0. The threshold lies midway between its two neighbouring scores
+    (for the lowest score: between it and 0). Without a positive label every threshold is worth 0 and 0.5 is returned.
     """
-    assert scores.shape == target.shape, f"scores {scores.shape} and target {target.shape} differ in shape"
     target = np.asarray(target) > 0.5
     if not target.any():
         return 0.5, 0.0
-    ranked, changes = _changes(_ROWS[metric](scores), _ROWS[metric](target))
-    order = np.argsort(ranked)[::-1]
-    ranked, value = ranked[order], np.cumsum(changes[order])
-    last_of_ties = np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True))
-    best = last_of_ties[np.argmax(value[last_of_ties])]
-    below = ranked[best + 1] if best + 1 < ranked.size else min(ranked[best], ranked.dtype.type(0))
-    return _between(below, ranked[best]), float(value[best])
+    (threshold,), value = best_thresholds(scores, target, Metric.of(metric))
+    return threshold, value
 
 
-def _changes(scores: NDArray, target: NDArray) -> tuple[NDArray, NDArray]:
-    """[K], [K]: the scores that can matter, and what each adds to the mean over rows of F1 when it is passed."""
-    mask = scores > _floor(scores, target)
-    row, scores_kept, hit = np.nonzero(mask)[0], scores[mask], target[mask]
-    order = np.lexsort((-scores_kept, row))  # row by row, falling
-    counts = mask.sum(1)
-    first = (np.cumsum(counts) - counts)[row]
-    found = np.append(0, np.cumsum(hit[order]))
-    place = np.arange(row.size)
-    f1 = 2 * (found[place + 1] - found[first]) / (place + 1 - first + target.sum(1)[row]) / len(scores)
-    return scores_kept[order], f1 - np.where(place == first, 0.0, np.roll(f1, 1))
+# ---- deciding --------------------------------------------------------------------------------------------------------
 
 
-def _floor(scores: NDArray, target: NDArray) -> float:
-    """A threshold that the best one is certainly above: with a thousand classes nearly all scores lie below it, and
-    leaving them out of the sort saves most of the time and memory.
+def apply(scores: NDArray, rule: Mapping[str, Any], classes: Sequence[str] | None = None) -> NDArray[np.bool_]:
+    """bool [N, C]: which labels are predicted, by the content of a `thresholds.json`.
 
-    A row with T true labels reaches at most 2 T / (k + T) once k >= T labels are predicted, and k only grows as the
-    threshold falls. Where the mean of that bound is below a value already seen, nothing further down can win.
+    scores floating [N, C]; classes the names of the columns, where they may come in another order than the rule's.
+    Raises UserError where the rule knows other classes.
     """
-    true = target.sum(1)
-    every = [size // 1000 + 1 for size in scores.shape]
-    sample = np.sort(scores[:: every[0], :: every[1]], axis=None)[::-1]
-    seen, share = 0.0, target.mean() / 4
-    while share < 1:
-        floor = sample[int(share * sample.size)]
-        mask = scores > floor
-        predicted, hits = mask.sum(1), (mask & target).sum(1)
-        whole = np.maximum(predicted + true, 1)
-        seen = max(seen, float(np.mean(2 * hits / whole)))
-        if np.mean(np.where(predicted >= true, 2 * true / whole, 1.0)) < seen:
-            return float(floor)
-        share *= 2
-    return -math.inf
+    kind = rule.get("rule", "global")
+    if kind in ("global", "label-count"):
+        return scores > rule["global"]
+    if kind == "max-fraction":
+        return of_maximum(scores) > rule["fraction"]
+    if kind == "expected":
+        return expected_fbeta.decide(scores, rule["beta"])
+    names = list(rule["classes"]) if classes is None else list(classes)
+    _check_classes(rule, names, scores.shape[1])
+    if kind != "top-k":
+        return scores > np.array([rule["classes"][name] for name in names]).astype(scores.dtype)
+    predicted = np.zeros(scores.shape, bool)
+    for group in rule["groups"].values():
+        columns = [names.index(name) for name in group["classes"]]
+        bounds = top_k.Bounds(group["threshold"], group["min"], group["max"])
+        predicted[:, columns] = top_k.decide(scores[:, columns], bounds)
+    return predicted
 
 
-def _between(low: np.floating, high: np.floating) -> float:
-    """The middle, in the scores' own precision: NumPy compares float32 with a Python float as float32, where the middle
-    of two neighbours rounds to one of them. The lower one still separates them, the upper one does not.
-    """
-    middle = low + (high - low) / 2
-    if low < middle < high:
-        return float(middle)
-    return float(low if low < high else np.nextafter(high, high.dtype.type(-np.inf)))
+def of_maximum(scores: NDArray) -> NDArray:
+    """Each score as a fraction of the highest in its row; 0 where that is not above 0."""
+    highest = scores.max(axis=1, keepdims=True)
+    return np.divide(scores, highest, out=np.zeros_like(scores), where=highest > 0)
 
 
-def apply(scores: NDArray, thresholds: Mapping) -> NDArray[np.bool_]:
-    """bool [N, C]: which labels are predicted, by the content of a `thresholds.json`."""
-    return scores > thresholds["global"]
+def _check_classes(rule: Mapping[str, Any], names: Sequence[str], columns: int) -> None:
+    odd = sorted(set(names) ^ set(rule["classes"]))
+    if odd or len(names) != columns:
+        what = f"such as {odd[0]!r}" if odd else f"{len(names)} and not {columns}"
+        raise UserError(f"the thresholds were tuned for other classes, {what}; run `mlc tune` on these predictions")
+
+
+def describe(rule: Mapping[str, Any]) -> str:
+    """A few words for a table or a line of the log."""
+    kind = rule.get("rule", "global")
+    if kind == "max-fraction":
+        return f"above {rule['fraction']:.4f} x the image's highest"
+    if kind == "expected":
+        return f"highest expected F{rule['beta']:g}"
+    if kind == "group":
+        return ", ".join(f"{name} {value:.4f}" for name, value in rule["groups"].items())
+    if kind == "top-k":
+        return ", ".join(
+            f"{name} {own['threshold']:.4f} ({own['min']} to {own['max']})" for name, own in rule["groups"].items()
+        )
+    if kind in ("class", "balance"):
+        values = rule["classes"].values()
+        return f"{len(values)} thresholds, {min(values):.4f} to {max(values):.4f}"
+    return f"threshold {rule['global']:.4f}"
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 
 def save(path: str | Path, *, metric: str, threshold: float, value: float) -> None:
-    """Writes `thresholds.json`; the threshold survives the round trip to the last bit."""
-    content = {"metric": metric, "global": float(threshold), "value": float(value)}
+    """Writes the `thresholds.json` of one threshold; it survives the round trip to the last bit."""
+    write(path, {"metric": metric, "global": float(threshold), "value": float(value)})
+
+
+def write(path: str | Path, rule: Mapping[str, Any]) -> None:
     with whole(Path(path)) as building:
-        building.write_text(json.dumps(content, indent=2) + "\n")
+        building.write_text(json.dumps(rule, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def load(path: str | Path) -> dict:
     """The content of a `thresholds.json`; UserError where it is missing, no JSON or without a usable threshold."""
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read thresholds from {path}: {error}; give --threshold 0.5 instead") from error
     threshold = content.get("global") if isinstance(content, dict) else None
-    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not math.isfinite(threshold):
+    if not _number(threshold):
         raise UserError(f'{path}: "global" must be a number, not {threshold!r}; give --threshold 0.5 instead')
+    kind = content.get("rule", "global")
+    if kind not in RULES:
+        raise UserError(f"{path}: unknown rule {kind!r}{did_you_mean(str(kind), RULES)}; give --threshold 0.5 instead")
+    if wrong := _wrong(kind, content):
+        raise UserError(f"{path}: rule {kind!r} needs {wrong}; run `mlc tune` again or give --threshold 0.5 instead")
     return content
+
+
+def _wrong(kind: str, content: Mapping[str, Any]) -> str:
+    """What a rule's content lacks, "" for nothing."""
+    if kind == "max-fraction":
+        return "" if _number(content.get("fraction")) else "a number `fraction`"
+    if kind == "expected":
+        beta = content.get("beta")
+        return "" if _number(beta) and beta > 0 else "a number `beta` above 0"
+    if kind in ("group", "class", "balance"):
+        return "" if _numbers(content.get("classes")) else "a threshold for each class in `classes`"
+    if kind == "top-k":
+        groups = content.get("groups")
+        good = isinstance(groups, dict) and groups and all(_is_group(group) for group in groups.values())
+        members = [name for group in groups.values() for name in group["classes"]] if good else []
+        known = content.get("classes")
+        if not good or not isinstance(known, list) or sorted(members) != sorted(known):
+            return "`groups` of threshold, min, max and classes, together all of `classes`"
+    return ""
+
+
+def _is_group(group: Any) -> bool:
+    if not isinstance(group, dict) or not _number(group.get("threshold")):
+        return False
+    least, most, names = group.get("min"), group.get("max"), group.get("classes")
+    whole_numbers = all(isinstance(bound, int) and not isinstance(bound, bool) for bound in (least, most))
+    named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return whole_numbers and 0 <= least <= most and named
+
+
+def _numbers(values: Any) -> bool:
+    return isinstance(values, dict) and bool(values) and all(map(_number, values.values()))
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

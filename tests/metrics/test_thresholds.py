@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
-from mlc.metrics import thresholds
-from mlc.metrics.thresholds import apply, best_global_threshold, load, save
+from mlc.metrics.thresholds import apply, best_global_threshold, describe, load, of_maximum, save, write
 from shards.console import UserError
 
 METRICS = ("f1_samples", "f1_micro", "f1_macro")
@@ -58,20 +57,6 @@ def test_no_threshold_is_better_for_any_small_matrix(data):
 def _f1(predicted, target, axis) -> float:
     whole = predicted.sum(axis) + target.sum(axis)
     return float(np.mean(2 * (predicted & target).sum(axis) / np.maximum(whole, 1)))
-
-
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("gap", [0, 1, 4])
-def test_leaving_the_low_scores_out_changes_nothing(metric, gap, monkeypatch):
-    rng = np.random.default_rng(gap)
-    target = rng.random((300, 400)) < 0.01
-    scores = (1 / (1 + np.exp(5 - gap * target - rng.standard_normal(target.shape)))).astype(np.float32)
-    threshold, value = best_global_threshold(scores, target, metric)
-    assert value == pytest.approx(value_at(scores, target, threshold, metric), abs=1e-12)
-    if gap == 4:
-        assert (scores > thresholds._floor(scores, target)).mean() < 0.1
-    monkeypatch.setattr(thresholds, "_floor", lambda scores, target: -np.inf)
-    assert best_global_threshold(scores, target, metric) == (threshold, pytest.approx(value, abs=1e-12))
 
 
 def test_the_threshold_lies_midway():
@@ -127,3 +112,70 @@ def test_a_missing_file_is_one_line(tmp_path):
 def test_the_file_is_plain_json(tmp_path):
     save(tmp_path / "t.json", metric="f1_micro", threshold=np.float32(0.25), value=np.float64(0.5))
     assert json.loads((tmp_path / "t.json").read_text()) == {"metric": "f1_micro", "global": 0.25, "value": 0.5}
+
+
+# ---- other rules -----------------------------------------------------------------------------------------------------
+
+SCORES = np.array([[0.9, 0.5, 0.1], [0.2, 0.3, 0.05], [0.0, 0.0, 0.0]], np.float32)
+CLASS_KIND = {"a": 0.95, "b": 0.25, "c": 0.01}
+TOP_K = {
+    "rule": "top-k",
+    "classes": ["a", "b", "c"],
+    "groups": {
+        "x": {"threshold": 0.4, "min": 1, "max": 1, "classes": ["c", "a"]},
+        "y": {"threshold": 0.4, "min": 0, "max": 1, "classes": ["b"]},
+    },
+}
+RULES = {
+    "label-count": ({"rule": "label-count"}, [[1, 1, 0], [0, 0, 0], [0, 0, 0]]),
+    "class": ({"rule": "class", "classes": CLASS_KIND}, [[0, 1, 1], [0, 1, 1], [0, 0, 0]]),
+    "max-fraction": ({"rule": "max-fraction", "fraction": 0.6}, [[1, 0, 0], [1, 1, 0], [0, 0, 0]]),
+    "top-k": (TOP_K, [[1, 1, 0], [1, 0, 0], [0, 0, 0]]),
+    "expected": ({"rule": "expected", "beta": 1.0}, [[1, 1, 0], [1, 1, 0], [0, 0, 0]]),
+}
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_each_rule_is_applied_as_its_file_says(kind, tmp_path):
+    rule, expected = RULES[kind]
+    write(tmp_path / "thresholds.json", rule | {"metric": "f1_samples", "global": 0.4})
+    stored = load(tmp_path / "thresholds.json")
+    np.testing.assert_array_equal(apply(SCORES, stored), np.array(expected, bool))
+    order = [2, 0, 1]
+    moved = apply(SCORES[:, order], stored, ["c", "a", "b"])
+    np.testing.assert_array_equal(moved, np.array(expected, bool)[:, order])
+    assert describe(stored)
+
+
+def test_a_fraction_of_the_maximum():
+    np.testing.assert_allclose(of_maximum(SCORES), [[1, 5 / 9, 1 / 9], [2 / 3, 1, 1 / 6], [0, 0, 0]], rtol=1e-6)
+
+
+def test_other_classes_are_refused_by_name():
+    rule = {"rule": "class", "classes": CLASS_KIND, "global": 0.4}
+    with pytest.raises(UserError, match="such as 'c'"):
+        apply(SCORES, rule, ["a", "b", "d"])
+    with pytest.raises(UserError, match="3 and not 2"):
+        apply(SCORES[:, :2], rule)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"rule": "clas"},
+        {"rule": "class"},
+        {"rule": "class", "classes": {"a": "high"}},
+        {"rule": "group", "classes": {}},
+        {"rule": "max-fraction"},
+        {"rule": "expected", "beta": 0},
+        {"rule": "top-k", "classes": ["a"], "groups": {}},
+        TOP_K | {"classes": ["a", "b"]},
+        TOP_K | {"groups": {"x": {"threshold": 0.4, "min": 2, "max": 1, "classes": ["a", "b", "c"]}}},
+        TOP_K | {"groups": {"x": {"threshold": 0.4, "min": 0.5, "max": 1, "classes": ["a", "b", "c"]}}},
+    ],
+)
+def test_a_rule_without_what_it_needs_is_one_line(tmp_path, content):
+    write(tmp_path / "thresholds.json", content | {"global": 0.4})
+    with pytest.raises(UserError, match=r"thresholds\.json") as error:
+        load(tmp_path / "thresholds.json")
+    assert len(str(error.value).splitlines()) == 1

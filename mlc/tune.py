@@ -1,0 +1,305 @@
+"""What turns probabilities into labels, tuned on images with known labels that the model was not trained on.
+
+Every rule is fitted to all of the images, and once more to four fifths of them at a time: what it gives on the last
+fifth is the honest value, and the rule that is written is the one with the best of those.
+"""
+
+import argparse
+import json
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from mlc.data.filters import select_rows
+from mlc.data.soft_labels import is_prediction_file, read_predictions
+from mlc.data.sources import open_split
+from mlc.metrics import thresholds
+from mlc.metrics.decision_rules import Setup, cross_fitted, fit, with_rest
+from mlc.metrics.multilabel import fbeta
+from mlc.metrics.threshold_search import Metric
+from mlc.predict import weights_folder
+from mlc.report import threshold_curves
+from shards.console import Parser, UserError, did_you_mean, listed, progress, say
+from shards.dataset import load_dataset
+from shards.files import disk_errors, whole
+from shards.table import Columns, Problems, found_classes, read_classes, read_rows
+
+BEST = "best"  # --rule: the one with the best honest value
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = _options(argv)
+    metric = Metric.of(options.metric)
+
+    # ---- What is true, what was predicted
+    truth = _truth(options)
+    files = [Path(name) for name in options.predictions] or [_own_predictions(options)]
+    scores = _scores(files, truth)
+    if not truth.target.any():
+        raise UserError(f"{truth.source}: no image has a label, so there is nothing to tune for")
+    if len(scores) < options.folds:
+        raise UserError(f"--folds {options.folds}: there are only {len(scores)} images")
+    setup = Setup(metric, truth.classes, truth.groups, options.shrink, options.min_positives)
+    if options.rule != BEST and options.rule not in setup.rules:
+        raise UserError(f"--rule {options.rule}: {truth.source} has no groups of classes; --classes FILE may name some")
+    out = _out(options, truth)
+
+    # ---- Fit, and fit without a fold
+    rules = setup.rules if options.rule == BEST else [options.rule]
+    fitted = fit(rules, scores, truth.target, setup)
+    with progress("folds", options.folds) as advance:
+        held_out = cross_fitted(rules, scores, truth.target, setup, options.folds, options.seed, advance)
+
+    # ---- Compare
+    found: dict[str, dict[str, Any]] = {}
+    for rule in rules:
+        predicted = thresholds.apply(scores, fitted[rule], truth.classes)
+        own = {"in_sample": _value(predicted, truth, metric), "honest": _value(held_out[rule], truth, metric)}
+        found[rule] = own | {"labels": float(predicted.sum(1).mean()), "found_by": setup.search(rule)}
+    chosen = max(rules, key=lambda rule: found[rule]["honest"])  # of equals the first, which is the simplest
+    content = fitted[chosen] | {"value": found[chosen]["in_sample"], "honest": found[chosen]["honest"]}
+    half = _value(scores > 0.5, truth, metric)
+
+    # ---- Write and show
+    if options.json:
+        shape = {"metric": metric.name, "images": len(scores), "classes": len(truth.classes), "folds": options.folds}
+        shape["at_half"] = half
+        print(json.dumps(shape | {"rules": found, "chosen": chosen, "thresholds": content}))
+    else:
+        _print_table(found, fitted, chosen, truth, metric, options.folds)
+        say(f"with a threshold of 0.5: {half:.4f}; labels per image in truth: {truth.target.sum(1).mean():.2f}")
+    if out:
+        _write(out, content, scores, truth, setup, found, chosen)
+    else:
+        say("nothing written: --out FILE or --run RUN takes the chosen rule")
+    return 0
+
+
+# ---- truth and predictions -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Truth:
+    """`ids` [N] unique, `target` bool [N, C], `groups` {name: columns} with every class once, or {}; `source` for
+    people."""
+
+    source: str
+    ids: pa.Array
+    classes: tuple[str, ...]
+    target: NDArray[np.bool_]
+    groups: Mapping[str, Sequence[int]]
+
+
+def _truth(options: Namespace) -> Truth:
+    return _truth_of_table(options) if options.truth else _truth_of_split(options)
+
+
+def _truth_of_split(options: Namespace) -> Truth:
+    dataset = load_dataset(options.data)
+    index = open_split(dataset, options.split, labelled=True)
+    rows = select_rows(index, dataset.classes, where=options.where, fold=options.fold)
+    rows = np.arange(len(index)) if rows is None else rows
+    source, ids = f"{options.data}, split {options.split}", index.batch.column("image_id").take(pa.array(rows))
+    groups = with_rest(dataset.group_columns, len(dataset.classes))
+    return Truth(source, _unique(source, ids), dataset.classes, index.targets(rows) > 0.5, groups)
+
+
+def _truth_of_table(options: Namespace) -> Truth:
+    file, problems = Path(options.truth), Problems()
+    rows = read_rows(file, Columns(separator=options.label_separator), problems, need_labels=True)
+    if problems:
+        raise UserError(f"{file}: {len(problems)} bad rows:\n{listed(problems.lines())}")
+    classes, groups = found_classes(row.labels for row in rows), {}
+    if options.classes:
+        classes, groups = read_classes(Path(options.classes))
+    column = {name: number for number, name in enumerate(classes)}
+    target = np.zeros((len(rows), len(classes)), bool)
+    for place, row in enumerate(rows):
+        for label in row.labels:
+            if label not in column:
+                raise UserError(
+                    f"{file} line {row.line}: label {label!r} is not in {options.classes}{did_you_mean(label, classes)}"
+                )
+            target[place, column[label]] = True
+    columns = {group: [column[name] for name in names] for group, names in groups.items()}
+    ids = _unique(str(file), pa.array([row.image_id for row in rows], pa.large_string()))
+    return Truth(str(file), ids, classes, target, with_rest(columns, len(classes)))
+
+
+def _unique(source: str, ids: pa.Array) -> pa.Array:
+    if len(pc.unique(ids)) < len(ids):
+        counted = pc.value_counts(ids)
+        often = counted.filter(pc.greater(counted.field("counts"), 1))[0]["values"].as_py()
+        raise UserError(f"{source}: image {often} comes more than once, so rows cannot be matched by name")
+    return ids
+
+
+def _scores(files: Sequence[Path], truth: Truth) -> NDArray[np.float32]:
+    """[N, C] in the order of the truth: the rows of several files together, such as one for each fold."""
+    scores = np.empty(truth.target.shape, np.float32)
+    seen = np.full(len(scores), -1)
+    for number, file in enumerate(files):
+        if not is_prediction_file(str(file)):
+            raise UserError(f"{file}: predictions are a .csv or .arrow file, as `mlc predict` writes them")
+        ids, found = read_predictions(file, truth.classes)
+        place = pc.index_in(truth.ids, value_set=ids)
+        rows = np.flatnonzero(place.is_valid().to_numpy(zero_copy_only=False))
+        if (twice := rows[seen[rows] >= 0]).size:
+            raise UserError(
+                f"{file}: image {truth.ids[twice[0]].as_py()} is also in {files[seen[twice[0]]]}; give parts without "
+                "common images, or average models by `mlc ensemble`"
+            )
+        if len(rows) < len(ids):
+            say(f"note: {len(ids) - len(rows)} of {len(ids)} images of {file} are not in {truth.source}; left out")
+        seen[rows] = number
+        scores[rows] = found[place.drop_null().to_numpy()]
+    missing = np.flatnonzero(seen < 0)
+    if missing.size:
+        named = " and ".join(map(str, files)) if len(files) < 3 else f"the {len(files)} files"
+        raise UserError(
+            f"{named}: no probabilities for {missing.size} of {len(scores)} images of {truth.source}, such as "
+            f"{truth.ids[missing[0]].as_py()}; predict all of them, or choose fewer by --fold or --where"
+        )
+    return scores
+
+
+def _own_predictions(options: Namespace) -> Path:
+    """What `mlc eval` and `mlc predict` left in the run."""
+    file = Path(options.run) / "predictions" / f"{options.split}.csv"
+    if not file.is_file():
+        raise UserError(f"{file} is missing; `mlc eval --run {options.run} --data DIR` with this split makes it")
+    return file
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+
+def _value(predicted: NDArray[np.bool_], truth: Truth, metric: Metric) -> float:
+    return fbeta(predicted, truth.target, average=metric.average, beta=metric.beta)
+
+
+def _out(options: Namespace, truth: Truth) -> Path | None:
+    """Where the result goes; a run must have the same classes. In its own folder when there is no run."""
+    if not options.run:
+        return Path(options.out) if options.out else None
+    folder = weights_folder(options.run, options.weights)
+    names = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("label_names", [])
+    if odd := sorted(set(names) ^ set(truth.classes)):
+        raise UserError(f"--run {options.run} has other classes than {truth.source}, such as {odd[0]!r}")
+    return Path(options.out) if options.out else folder / "thresholds.json"
+
+
+def _write(
+    out: Path, content: dict, scores: NDArray, truth: Truth, setup: Setup, found: Mapping[str, Any], chosen: str
+) -> None:
+    with disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    found_curves = threshold_curves.curves(scores, truth.target, setup.metric, truth.groups)
+    with whole(out.with_name(f"{out.stem}-curves.json")) as building:
+        building.write_text(json.dumps(found_curves | {"rules": found, "chosen": chosen}, ensure_ascii=False) + "\n")
+    threshold_curves.plot(out.with_suffix(".png"), found_curves, found, chosen)
+    thresholds.write(out, content)
+    say(f"{out}: {chosen}, {thresholds.describe(content)}; {out.with_suffix('.png').name} beside it")
+
+
+def _print_table(
+    found: Mapping[str, Mapping[str, Any]],
+    fitted: Mapping[str, Mapping[str, Any]],
+    chosen: str,
+    truth: Truth,
+    metric: Metric,
+    folds: int,
+) -> None:
+    images, classes = truth.target.shape
+    title = f"{metric.name} of {images} images x {classes} classes; honest: on images left out, {folds} folds"
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("rule", "in sample", "honest", "labels", "found by", "setting"):
+        table.add_column(name, justify="right" if name in ("in sample", "honest", "labels") else "left", no_wrap=True)
+    for rule, own in found.items():
+        style = "bold" if rule == chosen and len(found) > 1 else ""
+        numbers = (f"{own['in_sample']:.4f}", f"{own['honest']:.4f}", f"{own['labels']:.2f}")
+        setting = thresholds.describe(fitted[rule])
+        shown = setting if len(setting) < 70 else f"{setting[:66]} ..."
+        table.add_row(f"{rule}{' *' if style else ''}", *numbers, own["found_by"], shown, style=style)
+    console = Console()
+    console.width = max(console.width, 130)  # rather a broken line than a number cut short
+    console.print(table)
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def _options(argv: list[str] | None) -> Namespace:
+    parser = Parser(
+        prog="mlc tune",
+        description="Tunes what turns probabilities into labels, and says what each rule is worth on other images.\n"
+        "Predictions must be of images that the model was not trained on: a validation split, or out of fold.",
+        epilog="examples:\n"
+        "  mlc tune --run runs/demo --data data/demo-shards --split val\n"
+        "  mlc tune oof-0.csv oof-1.csv --truth train.csv --metric f2_samples --out thresholds.json\n"
+        "  mlc tune oof.arrow --data DIR --split train --rule class --shrink 50 --out class.json\n\n"
+        "rules:\n"
+        "  global         one threshold: the very best\n"
+        "  group          one for each group of classes\n"
+        "  class          one for each class, drawn towards the global one, see --shrink\n"
+        "  max-fraction   above a fraction of the image's highest probability (p > max / 7)\n"
+        "  top-k          a threshold, a least and a most number of labels for each group\n"
+        "  balance        for each class as many false positives as false negatives\n"
+        "  label-count    one threshold: as many labels as there are in truth\n"
+        "  expected       the labels with the highest expected F-beta; takes probabilities at their word",
+    )
+    add = parser.add_argument
+    add("predictions", nargs="*", metavar="PRED", help=".csv or .arrow; several are parts (default: those of --run)")
+    add("--data", help="packed data set with the true labels: a folder or a URL")
+    add("--split", default="val", help="split of --data (default: val)")
+    add("--fold", type=int, help="only the rows of this fold")
+    add("--where", default="", help="only the rows for which this is true: n_labels > 1")
+    add("--truth", metavar="CSV", help="true labels as `mlc pack` reads them, in place of --data")
+    add("--classes", metavar="YAML", help="classes and groups of --truth (default: the labels found, no groups)")
+    add("--label-separator", default=" ", help="what stands between labels of --truth (any white space)")
+    add("--metric", default="f1_samples", help="f1_samples, f2_micro, f0.5_macro: any beta (default: f1_samples)")
+    add("--rule", choices=(BEST, *thresholds.RULES), default=BEST, help="only this one (default: the best of all)")
+    add("--shrink", type=_number_from(0), default=20.0, help="weight of a class's own threshold: n / (n + this) (20)")
+    add("--min-positives", type=_number_from(0, int), default=10, help="rarer classes take the global threshold (10)")
+    add("--folds", type=_number_from(2, int), default=5, help="parts of the cross-fit (5)")
+    add("--seed", type=_number_from(0, int), default=0, help="of the parts (0)")
+    add("--run", help="write it into this run, whose predictions then use it")
+    add("--weights", choices=("best", "last"), default="best", help="which weights of --run (default: best)")
+    add("--out", metavar="FILE", help="write it here; plot and curves come beside it")
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+    options = parser.parse_args(argv)
+    if bool(options.data) == bool(options.truth):
+        raise UserError("give either --data DIR (packed shards) or --truth CSV")
+    if not options.predictions and not options.run:
+        raise UserError("give prediction files, or --run RUN that has some")
+    if options.truth and (options.where or options.fold is not None):
+        raise UserError("--fold and --where choose rows of --data; --truth has none")
+    if options.classes and options.data:
+        raise UserError("--classes belongs to --truth; --data knows its classes")
+    if not options.label_separator:
+        raise UserError("--label-separator must not be empty")
+    return options
+
+
+def _number_from(least: int, kind: type = float):
+    def parsed(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value < float("inf"):
+            number = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {number} from {least} up")
+        return value
+
+    return parsed

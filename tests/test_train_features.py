@@ -23,6 +23,7 @@ from mlc.models.build import build_model
 from mlc.models.export import load_exported
 from mlc.models.heads import Mlp
 from mlc.optim.losses import bce
+from shards import pack
 from shards.console import UserError
 from shards.dataset import load_dataset, open_index
 
@@ -202,6 +203,24 @@ def test_a_neighbour_takes_the_place_of_a_bad_image(shards, made, tmp_path):
     assert log_of(tmp_path / "run")[-2]["data/bad_samples"] == 2
     with pytest.raises(UserError, match="2 bad samples, --max-bad-samples allows 1"):
         train.main([*flags, "--experiment", "again", "--max-bad-samples", "1"])
+
+
+def test_a_fold_and_a_rehearsal_in_workers(demo_csv, hub, tmp_path, capsys):
+    csv, images = str(demo_csv / "train.csv"), str(demo_csv / "images")
+    pack.main(["--csv", csv, "--images", images, "--folds", "3", "--out", str(tmp_path / "shards"), "-j", "1"])
+    told = ["--model", "test_resnet", "--pretrained-path", str(hub / "resnet.safetensors"), "--img-size", "32"]
+    made = tmp_path / "f.arrow"
+    features.main(["--data", str(tmp_path / "shards"), "-j", "1", *told, "--split", "train", "--out", str(made)])
+    flags = argv(tmp_path / "shards", tmp_path, "--features", str(made), "--fold", "1", "-j", "1")
+    train.main([*flags, "--dry-run", "-b", "auto", "--global-batch-size", "8"])
+    assert "dry run: all is well" in capsys.readouterr().err
+    train.main(flags)
+    fold = open_index(load_dataset(tmp_path / "shards"), "train").fold
+    own, values = weights(tmp_path / "run" / "last"), FeatureFile(made).values("train")[0]
+    np.testing.assert_allclose(own["mean"], values[fold != 1].mean(0), atol=1e-5)
+    fold_1 = ["--split", "train", "--fold", "1", "-j", "1"]
+    evaluate.main(["--run", str(tmp_path / "run"), *flags[:2], "--features", str(made), *fold_1])
+    assert len(table(tmp_path / "run" / "predictions" / "train.csv")) == (fold == 1).sum()
 
 
 @pytest.mark.distributed

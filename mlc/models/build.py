@@ -23,6 +23,7 @@ from mlc.models.heads import (
     extra_linear,
     outputs,
     timm_classifiers,
+    unfold,
 )
 from mlc.models.swin_attention import use_fast_attention
 from shards.console import UserError, listed, say
@@ -151,7 +152,7 @@ def load_weights(model: nn.Module, path: str | Path, *, part: str = "") -> bool:
     state = read_weights(Path(path))
     if part:
         state = {name.removeprefix(part): tensor for name, tensor in state.items() if name.startswith(part)}
-    state = _resampled(state, model, path)
+    state = unfold(_resampled(state, model, path), model)
     note = _drop_other_classifier(state, model)
     head = classifier_prefixes(model)
     own = model.state_dict()

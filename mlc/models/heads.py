@@ -176,6 +176,25 @@ def fold(state: dict[str, Tensor], classifier: str | tuple[str, ...] | None) -> 
     return kept | {name: tensor.to(state[parts[0]].dtype) for name, tensor in one.items()}
 
 
+def unfold(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The reverse, for a model with `extra_linear` and a state dict with one Linear to its classes: it becomes the
+    first outputs of the first Linear, and the second one hands them on. Any other state dict comes back as it is."""
+    own, names = model.state_dict(), timm_classifiers(model)
+    parts = [f"{name}{part}" for name in names for part in ("0.weight", "0.bias", "1.weight", "1.bias")]
+    one = [f"{name}{part}" for name in names for part in ("weight", "bias")]
+    if len(names) != 1 or not all(part in own for part in parts) or not all(name in state for name in one):
+        return state
+    w1, b1, w2, b2 = (own[part].clone() for part in parts)
+    weight, bias = (state[name] for name in one)
+    classes = len(w2)
+    if weight.shape != (classes, w1.shape[1]) or len(w1) < classes:
+        return state
+    w1[:classes], b1[:classes] = weight, bias
+    torch.nn.init.eye_(w2)
+    kept = {name: tensor for name, tensor in state.items() if name not in one}
+    return kept | dict(zip(parts, (w1, b1, w2, torch.zeros_like(b2)), strict=True))
+
+
 @torch.no_grad()
 def init_head_bias(model: nn.Module, prior: ArrayLike) -> None:
     """Lets the untrained model predict each class's frequency, `prior` [C], everywhere: bias logit(prior), weight 0.

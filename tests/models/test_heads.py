@@ -3,8 +3,8 @@ import pytest
 import torch
 from torch import nn
 
-from mlc.models.build import build_model
-from mlc.models.heads import fold, init_head_bias
+from mlc.models.build import build_model, load_weights
+from mlc.models.heads import fold, init_head_bias, unfold
 from shards.console import UserError
 
 TINY = {"embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2), "window_size": 4}
@@ -52,6 +52,20 @@ def test_folding_is_the_same_function(name):
     one.load_state_dict({key: folded[f"{name}.{key}"] for key in ("weight", "bias")})
     x = torch.randn(5, 8)
     torch.testing.assert_close(one(x), two(x))
+
+
+def test_a_folded_classifier_is_loaded_into_two_layers(tmp_path, capsys):
+    """What a run with this head exports is what another run with it starts from."""
+    torch.manual_seed(0)
+    source, model, image = swin("extra_linear").eval(), swin("extra_linear").eval(), torch.randn(2, 3, 32, 32)
+    torch.nn.init.normal_(source.get_classifier()[1].bias)
+    torch.save(fold(source.state_dict(), "head.fc"), tmp_path / "w.pth")
+    assert load_weights(model, tmp_path / "w.pth") and capsys.readouterr().err == ""
+    with torch.no_grad():
+        torch.testing.assert_close(model(image), source(image), rtol=1e-4, atol=1e-5)
+    assert [tuple(layer.weight.shape) for layer in model.get_classifier()] == [(1000, 32), (3, 1000)]
+    state = {"head.fc.weight": torch.ones(4, 32), "head.fc.bias": torch.ones(4)}
+    assert unfold(state, model) is state and unfold(state, swin("linear")) is state
 
 
 def test_folding_leaves_other_states_alone():

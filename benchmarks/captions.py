@@ -124,8 +124,9 @@ def per_second(tokenize: Callable[[list[str]], object], texts: list[str], second
     return done / took
 
 
-def tokenizers(pieces: Tokenizer, words: Tokenizer) -> dict[str, Callable[[list[str]], object]]:
-    fast, cut = pieces._fast, {"truncation": True, "max_length": pieces.max_tokens}
+def tokenizers(folder: str, pieces: Tokenizer, words: Tokenizer) -> dict[str, Callable[[list[str]], object]]:
+    # One of its own: a call changes how it pads from then on.
+    fast, cut = pretrained_tokenizer(folder)._fast, {"truncation": True, "max_length": pieces.max_tokens}
     found = {
         OURS: pieces,
         "Hugging Face, a list": lambda texts: fast(texts, padding=True, return_tensors="np", **cut),
@@ -232,7 +233,7 @@ def main() -> None:
         chosen = {name: partial(rate, make, None, args.workers, seconds) for name, make in chosen.items()}
         loaded = common.interleaved(chosen, rounds)
     print(f"\n{args.workers} worker{'s' * (args.workers > 1)}, {common.rounds_said(rounds)}\n\n{loader_report(loaded)}")
-    ways = tokenizers(pieces, words)
+    ways = tokenizers(folder, pieces, words)
     tokenized = common.interleaved({n: partial(per_second, way, texts, seconds / 3) for n, way in ways.items()}, rounds)
     print(f"\n{token_report(tokenized)}", flush=True)
     attended = {}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mlc.batch_size import in_prediction
 from mlc.captions import MOST
+from mlc.config import flag
 from mlc.data.captions import EvalCaptions
 from mlc.data.dataset import BadSamples, Batch, EvalDataset
 from mlc.data.features import write_features
@@ -45,8 +46,7 @@ DTYPES = {"float32": np.float32, "float16": np.float16}
 @in_prediction()
 def main(argv: list[str] | None = None) -> None:
     options = _parser().parse_args(argv)
-    if not (options.model or options.text_model or options.run):
-        raise UserError("name an encoder: --model, --text-model or --run")
+    _refuse(options)
     views = tta_views(options.tta)
     dataset = load_dataset(options.data, cache_dir=options.cache_dir)
     names = [name.strip() for name in options.split.split(",") if name.strip()]
@@ -57,6 +57,8 @@ def main(argv: list[str] | None = None) -> None:
     if accelerator.device.type == "cpu":
         torch.set_num_threads(1)
     source = open_encoders(options)
+    if views[1:] and not source.seeing:
+        raise UserError(f"--tta {options.tta} shows several views of an image, and no encoder looks at any")
     told = source.described(options.tta)
     width = sum(encoder["features"] for encoder in told)
     source.encoders.to(accelerator.device)
@@ -230,6 +232,24 @@ def _text(options: Namespace) -> Reading:
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
+
+
+# What means nothing without another flag: {that: {flag: default}}.
+_OF = {
+    "model": {"pretrained": False, "pretrained_path": None, "img_size": None, "val_crop": "squish", "crop_pct": 1.0},
+    "text_model": {"text_pool": "cls", "max_tokens": MAX_TOKENS, "clean": []},
+}
+
+
+def _refuse(options: Namespace) -> None:
+    if not (options.model or options.text_model or options.run):
+        raise UserError("name an encoder: --model, --text-model or --run")
+    if not options.split.strip(" ,"):
+        raise UserError("--split names no split")
+    for needed, defaults in _OF.items():
+        for name, default in defaults.items():
+            if not getattr(options, needed) and getattr(options, name) != default:
+                raise UserError(f"{flag(name)} needs {flag(needed)}; a --run brings its own")
 
 
 def _parser() -> Parser:

@@ -27,7 +27,6 @@ from mlc.metrics import thresholds
 from mlc.metrics.decision_rules import Setup, cross_fitted, fit, with_rest
 from mlc.metrics.multilabel import fbeta
 from mlc.metrics.threshold_search import Metric
-from mlc.predict import weights_folder
 from mlc.report import threshold_curves
 from shards.console import Parser, UserError, did_you_mean, listed, progress, say
 from shards.dataset import load_dataset
@@ -192,6 +191,8 @@ def _out(options: Namespace, truth: Truth) -> Path | None:
     """Where the result goes; a run must have the same classes. In its own folder when there is no run."""
     if not options.run:
         return Path(options.out) if options.out else None
+    from mlc.predict import weights_folder  # it imports torch, for seconds, which nothing else here needs
+
     folder = weights_folder(options.run, options.weights)
     names = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("label_names", [])
     if odd := sorted(set(names) ^ set(truth.classes)):

@@ -202,6 +202,11 @@ def test_a_bad_image_has_no_features(several, hub, tmp_path):
         (["--model", "{hub}/clip", "--img-size", "64"], "--img-size is for timm"),
         (["--model", "{hub}/clip", "--split", "train,tset"], "no split 'tset'; .*did you mean test"),
         (["--model", "{hub}/clip", "--tta", "vflip"], "unknown view"),
+        (["--text-model", "{hub}/bert", "--tta", "hflip"], "no encoder looks at any"),
+        (["--text-model", "{hub}/bert", "--img-size", "64"], "--img-size needs --model"),
+        (["--text-model", "{hub}/clip", "--text-pool", "mean"], "pools for itself"),
+        (["--model", "{hub}/clip", "--clean", "lower"], "--clean needs --text-model"),
+        (["--model", "{hub}/clip", "--split", ","], "--split names no split"),
         (["--model", "{hub}/clip", "--val-crop", "middle"], "crop 'middle'"),
     ],
 )

@@ -2,6 +2,7 @@
 Between the two bounds a threshold decides. With both equal it is plain top-k.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -36,8 +37,8 @@ def fit(
     """The bounds of each group, by coordinate ascent from the thresholds `start` without bounds.
 
     In turn each group gets its best least, then its best most, each with the very best threshold for it (exact, by
-    sorting), while the other groups stand still; until nothing gets better. `most` is no larger than what some image
-    really has.
+    sorting), while the other groups stand still; until nothing gets better. `most` is at most (1 + beta^2) times the
+    number of labels that some image has.
     """
     parts = {name: _Group(scores, target, metric, columns) for name, columns in groups.items()}
     found = {name: Bounds(start[name], 0, part.deepest) for name, part in parts.items()}
@@ -62,7 +63,9 @@ class _Group:
         columns = np.asarray(columns)
         self._scores, self._target, self._metric = scores[:, columns], target[:, columns], metric
         self._columns = columns
-        self.deepest = max(1, int(self._target.sum(1).max(initial=0)))
+        # a bound on the search: more wrong labels than that are worth it to no image, the richest included
+        deepest = math.ceil((1 + metric.beta**2) * int(self._target.sum(1).max(initial=0)))
+        self.deepest = min(max(1, deepest), len(columns))
         order = np.argsort(-self._scores, axis=1, kind="stable")[:, : self.deepest]
         self._ranked = np.take_along_axis(self._scores, order, 1)
         self._hits = np.take_along_axis(self._target, order, 1)

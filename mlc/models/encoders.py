@@ -101,6 +101,8 @@ def image_encoder(name: str, *, pretrained: bool, path: str | None, img_size: in
         if img_size or path:
             raise UserError(f"--model {name}: {'--img-size' if img_size else '--pretrained-path'} is for timm's models")
         return _hugging_face_image(name)
+    if pretrained and path:
+        raise UserError("--pretrained and --pretrained-path exclude each other; keep one")
     if not (pretrained or path):
         raise UserError(f"--model {name}: give --pretrained or --pretrained-path FILE; random weights see nothing")
     size = img_size or build_model(name=name, num_classes=0).pretrained_cfg["input_size"][-1]
@@ -111,13 +113,15 @@ def image_encoder(name: str, *, pretrained: bool, path: str | None, img_size: in
 
 def text_encoder(name: str, pool: str, vocabulary: int) -> nn.Module:
     """Of Hugging Face, by a folder or name: tokens, token_mask -> (words, pooled [B, D]), with `num_features` and
-    `max_tokens`. `pool` is of no use to a CLIP-like model, which pools for itself.
+    `max_tokens`. `pool`: of POOLS; a CLIP-like model pools for itself.
 
     Raises:
         UserError: there is no such model.
     """
     if not _is_tower(name):
         return build_text_model(name, pool=pool, vocabulary=vocabulary).eval()
+    if pool != "cls":
+        raise UserError(f"--text-pool {pool}: {name} pools for itself; leave it out")
     model = _load(name, "--text-model")
     config = getattr(model.config, "text_config", model.config)
     if vocabulary > config.vocab_size:

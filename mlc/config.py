@@ -19,7 +19,7 @@ class Config:
     # ---- Data ----
     data: list[str] = field(default_factory=list)
     """folder made by `mlc pack` or `mlc index`, or its http(s)://, s3:// or hf:// URL; may be repeated, with shares:
-    --data A --data B:0.3 draws 30 % of the samples from B"""
+    --data A --data B:0.3 draws 30 % of the samples from B; `pseudo:FILE` of `mlc pseudo` after the first"""
     train_split: str = "train"
     """split to train on"""
     val_split: str = "val"
@@ -35,6 +35,12 @@ class Config:
     first, by log(1 + n), sqrt(n) or 1 of its n samples; `weights:weight`: by that column of the index"""
     oversample: list[str] = field(default_factory=list)
     """CLASS=K: the samples of this class come K times an epoch; may be repeated"""
+    hard_mining: float = 0.0
+    """share of the samples of the first --data that come once more in each epoch: those with the largest losses in the
+    epoch before, in the first epoch any (docs/data-work.md)"""
+    hard_list: str = ""
+    """--hard-mining: choose them once and for all, by the errors of these predictions of the training split (out of
+    fold, by models that did not see them)"""
     shuffle: str = "global"
     """`global`, or `block:N`: reads stay inside 8 blocks of N neighbouring samples at a time, for shards far away"""
     workers: int = 4

@@ -18,6 +18,7 @@ _IMAGES += ("grad_checkpointing", "compile", "text_model", "vflip", "aa", "repro
 _ON_FEATURES = ("linear", "mlp", "lstm")  # heads that look at no places of an image
 
 _RANGES = (
+    (("hard_mining",), lambda x: 0 <= x <= 1, "in [0, 1]"),
     (("cutout", "mixup_switch_prob", "splicemix", "focal_alpha"), lambda x: 0 <= x <= 1, "in [0, 1]"),
     (("asl_clip", "momentum"), lambda x: 0 <= x < 1, "in [0, 1)"),
     (("word_dropout", "caption_dropout"), lambda x: 0 <= x <= 1, "in [0, 1]"),
@@ -74,6 +75,8 @@ def impossible(c: Any) -> Iterator[str]:
     if c.kd_feature and (len(c.kd_teacher) != 1 or c.kd_teacher[0].lower().endswith((".csv", ".arrow"))):
         yield "--kd-feature needs one --kd-teacher that is a model: a file has no features, several have no common ones"
     yield from _impossible_features(c)
+    if c.hard_list and not c.hard_mining:
+        yield "--hard-list needs --hard-mining, the share of the samples to take from it"
     yield from _impossible_captions(c)
 
 

@@ -29,6 +29,7 @@ from mlc.data.order import DROPOUT, hash64
 from mlc.data.sources import open_sources, open_validation, validation_features
 from mlc.flags import read_config
 from mlc.metrics import thresholds
+from mlc.mining import PART, open_mining
 from mlc.models.build import fast_memory_format
 from mlc.models.export import export, timm_config
 from mlc.models.freeze import freeze, train_mode
@@ -289,7 +290,7 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
             **(reading.facts() if reading else {}),
             **facts,
         }
-        saver.save(step, meta, **divided.saved)
+        saver.save(step, meta, **divided.saved, more={PART: mining.state()} if mining else None)
 
     # ---- Loop --------------------------------------------------------------------------------------------------------
     def refuse_non_finite(step: int, grad_norm: float) -> None:
@@ -311,9 +312,20 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
         features=sources.features,
         images=decodes_images(config),
     )
-    positions = train_positions(samples_seen, stage.end, plan, rank, by_length(stream, config))
-    batches = Waiting(load(stream, positions, workers=config.workers, device=device), device)
     trained = trained_columns(config, dataset.group_columns, len(dataset.classes))
+    mining = open_mining(config, sampler, device, trained)
+    if mining and start.checkpoint and not start.weights_only and not mining.restore(start.checkpoint):
+        log.say("--hard-mining: the checkpoint has no losses of these samples; this epoch repeats random ones")
+
+    def read_on() -> Waiting:
+        """From here to the end of the stage, or as far as it is known which samples are the hardest."""
+        until = min(stage.end, mining.until(plan.global_batch)) if mining else stage.end
+        positions = train_positions(samples_seen, until, plan, rank, by_length(stream, config))
+        return Waiting(load(stream, positions, workers=config.workers, device=device), device)
+
+    if mining:
+        mining.renew(samples_seen, plan.global_batch)
+    batches = read_on()
     elements = plan.global_batch * len(trained)  # the loss is a sum, divided once by the whole step's count
     meter, interval_loss, interval_steps = Meter(), torch.zeros((), device=device), 0
     in_flight: launch.Arriving | None = None
@@ -325,6 +337,8 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
         lr = clock.lr(samples_seen)
         for group in divided.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
+        if mining and mining.renew(samples_seen, plan.global_batch):
+            batches = read_on()
         step_loss = torch.zeros((), device=device)
         for micro in range(plan.accumulation):
             batch = next(batches)
@@ -340,6 +354,8 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
                     log.say(rehearsal.shapes(batch, image=image, target=target, logits=logits))
                 divided.backward(loss * world)  # it takes the mean over ranks of what should be a sum
             batches.prepare()
+            if mining:
+                mining.add(batch, logits, target)
             step_loss += loss.detach()
             if sample_log:
                 sample_log.add(batch, mix)

@@ -131,12 +131,20 @@ class Index:
             raise UserError(f"{self.path} is missing; pack or index the data set again") from None
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{self.path} is damaged ({error}); pack or index the data set again") from None
-        if batch is None or batch.schema != SCHEMA or batch.num_rows != self._num_rows:
+        if batch is None or not self._fits(batch.schema) or batch.num_rows != self._num_rows:
             raise UserError(
                 f"{self.path} does not belong to the {JSON_NAME} beside it (other columns or another "
                 f"number of rows than {self._num_rows}); pack or index the data set again"
             )
         return batch
+
+    @property
+    def name(self) -> str:
+        """Where the data set is, for people."""
+        return self.url or str(self.path.parent)
+
+    def _fits(self, schema: pa.Schema) -> bool:
+        return schema == SCHEMA
 
     def _numbers(self, column: str) -> np.ndarray:
         return self.batch.column(column).to_numpy(zero_copy_only=True)

@@ -19,6 +19,7 @@ from shards.captions import SWITCHES, switches
 from shards.console import Parser
 from shards.dataset import Dataset, Index, load_dataset, open_index
 from shards.stats_captions import show as show_captions
+from shards.stats_labels import show as show_labels
 from shards.workers import default_workers
 
 
@@ -33,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         type=Path,
         help="write one page that opens anywhere: charts, samples, near copies, leaks between splits",
     )
+    parser.add_argument("--labels", action="store_true", help="instead: which labels go together, which never occur")
     parser.add_argument("--captions", action="store_true", help="instead: captions before and after --clean")
     parser.add_argument(
         "--clean",
@@ -54,6 +56,11 @@ def main(argv: list[str] | None = None) -> int:
     names = [dataset.split(args.split).name] if args.split else list(dataset.splits)
     if args.clean and not args.captions:
         parser.error("--clean goes with --captions")
+    if args.labels and (args.captions or args.html):
+        parser.error("--labels prints tables; leave --captions and --html out")
+    if args.labels:
+        show_labels(args.data, dataset, names, as_json=args.json)
+        return 0
     if args.captions and args.html:
         parser.error("--captions prints tables; the page of --html has captions of its own")
     if args.captions:

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from scipy.sparse import csr_array
 
+from mlc.data.hard import HardRows
 from mlc.data.order import hash64, locate, permute, uniform
 from shards.console import UserError, did_you_mean
 from shards.dataset import Dataset, Index
@@ -120,8 +121,11 @@ class Rows:
         sampler: str = "uniform",
         block: int = 0,
         repeats: Mapping[int, int] | None = None,
+        hard: float = 0.0,
+        hardness: np.ndarray | None = None,
     ):
-        """`rows` int64, ascending (default: all); `repeats` {class column: times}, see `--oversample`."""
+        """`rows` int64, ascending (default: all); `repeats` {class column: times}, see `--oversample`; `hard`: share of
+        the samples to show once more, see `HardRows`, as also for `hardness`."""
         self.index, self.seed = index, seed
         self._rows, self._ends = rows, None
         times = row_repeats(index, repeats, rows) if repeats else None
@@ -131,8 +135,17 @@ class Rows:
             self._ends = np.cumsum(whole, out=whole)
         elif times is not None:
             self._rows = np.repeat(np.arange(len(index)) if rows is None else rows, times)
-        count = len(index) if self._rows is None else len(self._rows)
-        self.shuffle = Shuffle(count, seed, block)
+        self._count = len(index) if self._rows is None else len(self._rows)
+        self.hard: HardRows | None = None
+        if extra := round(hard * self._count):
+            self.hard = HardRows(self._choosable(), extra, seed, hardness=hardness)
+        self._fixed = b"" if hardness is None or self.hard is None else self.hard.lists[0]
+        self.shuffle = Shuffle(self._count + (len(self.hard) if self.hard else 0), seed, block)
+
+    def _choosable(self) -> np.ndarray:
+        """int64, ascending: the rows that can be drawn at all, each once."""
+        rows = np.arange(len(self.index)) if self._rows is None else self._rows
+        return np.unique(rows if self._ends is None else rows[np.diff(self._ends, prepend=0) > 0])
 
     @property
     def rows(self) -> np.ndarray | None:
@@ -143,25 +156,33 @@ class Rows:
         """Samples in an epoch: the rows with their repeats."""
         return self.shuffle.n
 
-    def locate(self, place: np.ndarray) -> np.ndarray:
-        """Rows, int64 [B], of places in this data set's own stream."""
-        _, number = self.shuffle(place)
+    def locate(self, place: np.ndarray, epoch: np.ndarray | None = None) -> np.ndarray:
+        """Rows, int64 [B], of places in this data set's own stream; `epoch` int64 [B]: of the run, if not its own."""
+        own, number = self.shuffle(place)
+        if self.hard is None:
+            return self._row(place, number)
+        row, more = np.empty_like(number), number >= self._count
+        row[~more] = self._row(place[~more], number[~more])
+        row[more] = self.hard((own if epoch is None else epoch)[more], number[more] - self._count)
+        return row
+
+    def _row(self, place: np.ndarray, number: np.ndarray) -> np.ndarray:
         if self._ends is not None:
             number = self._draw(place, number)
         return number if self._rows is None else self._rows[number]
 
     def _draw(self, place: np.ndarray, stratum: np.ndarray) -> np.ndarray:
         total = int(self._ends[-1])
-        at = (stratum + uniform(self.seed, SLICE, place)) / len(self)
+        at = (stratum + uniform(self.seed, SLICE, place)) / self._count
         target = np.minimum((at * total).astype(np.int64), total - 1)
         return np.searchsorted(self._ends, target, side="right")
 
     def expected_frequencies(self) -> np.ndarray:
-        """float64 [C]: the share of drawn samples that have each class, exactly."""
+        """float64 [C]: the share of drawn samples that have each class, exactly; without what `hard` adds."""
         if self._rows is None and self._ends is None:
             return self.index.class_counts() / len(self.index)
         expected = np.zeros(self.index.num_classes)
-        count = len(self) if self._ends is None else len(self._ends)
+        count = self._count if self._ends is None else len(self._ends)
         for chunk in _chunks(count):
             rows = np.arange(chunk.start, chunk.stop) if self._rows is None else self._rows[chunk]
             classes, owner = self.index.labels_of(rows)
@@ -169,7 +190,7 @@ class Rows:
                 np.ones(len(rows)) if self._ends is None else np.diff(self._ends[chunk], prepend=self._end(chunk.start))
             )
             expected += np.bincount(classes, weights=share[owner], minlength=len(expected))
-        return expected / (len(self) if self._ends is None else self._ends[-1])
+        return expected / (self._count if self._ends is None else self._ends[-1])
 
     def cooccurrence(self) -> np.ndarray:
         """int64 [C, C]: rows that have class i and class j, each as often as it is repeated, whatever its weight."""
@@ -189,7 +210,8 @@ class Rows:
         """Equal for the same rows, weights and kind of shuffling."""
         kept = zlib.crc32(b"" if self._rows is None else self._rows)
         return f"{len(self)} samples {zlib.crc32(b'' if self._ends is None else self._ends, kept):08x} " + (
-            f"in blocks of {self.shuffle.block}" if self.shuffle.block else "shuffled globally"
+            (f"in blocks of {self.shuffle.block}" if self.shuffle.block else "shuffled globally")
+            + (f", {len(self.hard)} of them the hardest {zlib.crc32(self._fixed):08x}" if self.hard else "")
         )
 
 
@@ -300,11 +322,12 @@ class Sampler:
 
     def locate(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(data set, row), both int64 [B], of positions int64 [B]."""
-        source, place = self._turns(np.asarray(position, np.int64))
-        row = np.empty_like(place)
+        position = np.asarray(position, np.int64)
+        source, place = self._turns(position)
+        row, epoch = np.empty_like(place), position // self.epoch_samples
         for number, rows in enumerate(self.sources):
             own = source == number
-            row[own] = rows.locate(place[own])
+            row[own] = rows.locate(place[own], epoch[own])
         return source, row
 
     def _turns(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ import pyarrow.csv
 
 from mlc.data.sampler import Rows
 from shards.console import UserError, did_you_mean
+from shards.dataset import Index
 
 KINDS = (".csv", ".arrow")
 
@@ -90,6 +91,23 @@ def read_header(file: Path) -> list[str]:
             return reader.schema.names
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file} cannot be read as predictions: {str(error).splitlines()[0]}") from None
+
+
+def aligned(file: str | Path, index: Index, classes: Sequence[str]) -> np.ndarray:
+    """float32 [len(index), C]: the probabilities of a prediction file, in the order of the index and of `classes`.
+
+    Raises:
+        UserError: naming the first image of the split that the file does not have.
+    """
+    ids, probabilities = read_predictions(Path(file), classes)
+    place = pc.fill_null(pc.index_in(index.batch.column("image_id"), value_set=ids), -1).to_numpy()
+    missing = np.flatnonzero(place < 0)
+    if len(missing):
+        raise UserError(
+            f"{file} has no row for {len(missing)} of the {len(index)} images of {index.path.stem}, such as "
+            f"{index.image_id(missing[0])}; predict that split whole, or name another --split"
+        )
+    return probabilities[place]
 
 
 def _read_csv(file: Path, classes: Sequence[str]) -> pa.Table:

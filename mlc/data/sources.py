@@ -13,10 +13,11 @@ import numpy as np
 from mlc.config import Config
 from mlc.data.features import Features
 from mlc.data.filters import named, read_names, select_rows
+from mlc.data.overlay import Overlay, is_overlay, open_overlay
 from mlc.data.reader import TarReader, check_shards
 from mlc.data.remote import open_reader
 from mlc.data.sampler import Rows, Sampler, parse_data, parse_oversample, parse_shuffle, source_seed
-from mlc.data.soft_labels import SoftLabels, is_prediction_file
+from mlc.data.soft_labels import SoftLabels, aligned, is_prediction_file
 from shards.console import UserError
 from shards.dataset import Dataset, Index, load_dataset, open_index
 
@@ -49,9 +50,12 @@ class Sources:
         sources, shares = self.sampler.sources, self.sampler.shares
         if len(sources) > 1:
             for rows, share in zip(sources, shares, strict=True):
-                yield f"data {rows.index.url or rows.index.path.parent}: {len(rows)} samples, {share:.1%} of the stream"
+                yield f"data {rows.index.name}: {len(rows)} samples, {share:.1%} of the stream"
         expected = self.sampler.expected_frequencies()
         yield "expected class frequencies: " + _frequencies(self.dataset.classes, expected, self.natural)
+        never = [name for name, share in zip(self.dataset.classes, self.natural, strict=True) if not share]
+        if never:
+            yield f"no sample has {', '.join(never[:LISTED])}{' ...' * (len(never) > LISTED)}: nothing is learnt of it"
 
 
 def open_sources(config: Config) -> Sources:
@@ -59,8 +63,14 @@ def open_sources(config: Config) -> Sources:
     if not config.data or not all(config.data):
         raise UserError("--data DIR is missing: the folder that `mlc pack` made")
     parsed = [parse_data(text) for text in config.data]
-    datasets = [load_dataset(path, cache_dir=config.cache_dir) for path, _ in parsed]
-    first = datasets[0]
+    if is_overlay(parsed[0][0]):
+        raise UserError(f"--data {parsed[0][0]}: pseudo-labels come after the data set with the true ones")
+    plain = [load_dataset(path, cache_dir=config.cache_dir) for path, _ in parsed if not is_overlay(path)]
+    first, left = plain[0], iter(plain)
+    opened = [
+        open_overlay(path, plain, cache_dir=config.cache_dir) if is_overlay(path) else next(left) for path, _ in parsed
+    ]
+    datasets = [found.dataset if isinstance(found, Overlay) else found for found in opened]
     for (path, _), dataset in zip(parsed, datasets, strict=True):
         if dataset.classes != first.classes:
             odd = sorted(set(dataset.classes) ^ set(first.classes))
@@ -69,15 +79,19 @@ def open_sources(config: Config) -> Sources:
                 + (f", such as {odd[0]!r}" if odd else " (the same names in another order)")
                 + "; pack both with the same --classes FILE"
             )
-    splits = [open_split(dataset, config.train_split, labelled=True) for dataset in datasets]
+    splits = [
+        found if isinstance(found, Overlay) else open_split(found, config.train_split, labelled=True)
+        for found in opened
+    ]
     rows = _kept(config, first, splits)
     common = {
         "sampler": config.sampler,
         "block": parse_shuffle(config.shuffle),
         "repeats": parse_oversample(config.oversample, first),
     }
+    mined = {"hard": config.hard_mining, "hardness": _hardness(config, splits[0], first.classes)}
     parts = [
-        Rows(index, source_seed(config.seed, number), rows=own, **common)
+        Rows(index, source_seed(config.seed, number), rows=own, **common, **(mined if number == 0 else {}))
         for number, (index, own) in enumerate(zip(splits, rows, strict=True))
     ]
     sampler = Sampler(parts, [share for _, share in parsed], config.seed)
@@ -88,7 +102,7 @@ def open_sources(config: Config) -> Sources:
         dataset=first,
         sampler=sampler,
         readers=[_reader(config, index) for index in splits],
-        fingerprint="+".join(dataset.fingerprint for dataset in datasets),
+        fingerprint="+".join(found.fingerprint for found in opened),
         natural=counts / total,
         soft=SoftLabels(files, parts, first.classes) if files else None,
         features=Features(config.features, first, config.train_split, splits[0], rows[0]) if config.features else None,
@@ -158,6 +172,15 @@ def _kept(config: Config, dataset: Dataset, splits: Sequence[Index]) -> list[np.
         )
         kept.append(rows)
     return kept
+
+
+def _hardness(config: Config, index: Index, classes: Sequence[str]) -> np.ndarray | None:
+    """float64 [n]: the mean binary cross-entropy of each row's predictions in --hard-list."""
+    if not config.hard_list:
+        return None
+    likely = np.clip(aligned(config.hard_list, index, classes).astype(np.float64), 1e-7, 1 - 1e-7)
+    given = index.targets(np.arange(len(index))) > 0.5
+    return -np.log(np.where(given, likely, 1 - likely)).mean(1)
 
 
 def _class_counts(index: Index, rows: np.ndarray | None) -> np.ndarray:

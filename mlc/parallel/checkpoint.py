@@ -69,8 +69,10 @@ class Saver:
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         ema: torch.nn.Module | None,
+        more: dict[str, dict[str, torch.Tensor]] | None = None,
     ) -> None:
         """Begins to write a checkpoint, once the one before is written; the tensors may change after the return.
+        `more`: further tensors, the same on every rank, for `load_more`.
 
         A failure is said in one line and training goes on: the next interval tries again.
         """
@@ -82,9 +84,9 @@ class Saver:
         self._step = step
         if zero.is_engine(model):  # DeepSpeed writes its own files, and only while the loop waits
             meta["shapes"] = zero.shapes(model.module, ema)
-            self._failure = self._write(step, meta, functools.partial(self._write_engine, model, ema))
+            self._failure = self._write(step, meta, functools.partial(self._write_engine, model, ema, more or {}))
         else:
-            state = share(state_of(model, optimizer, ema), self._rank, self._world)
+            state = share(state_of(model, optimizer, ema) | (more or {}), self._rank, self._world)
             if self._host:
                 write = functools.partial(self._write_tensors, self._host.copy(state), staged=True)
                 self._writing = self._thread.submit(self._write, step, meta, write)
@@ -125,7 +127,7 @@ class Saver:
         dcp.save(state, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
         return own
 
-    def _write_engine(self, engine, ema: torch.nn.Module | None, building: Place) -> dict[str, Any]:
+    def _write_engine(self, engine, ema: torch.nn.Module | None, more: dict, building: Place) -> dict[str, Any]:
         """DeepSpeed's files, and beside them weights, buffers and EMA in the format of the other strategies."""
         failure = ""
         try:
@@ -138,7 +140,7 @@ class Saver:
             raise _Agreed(failed[0])
         written = storage.described(building / zero.FILES, part=self._rank, parts=self._world)
         own = {f"{zero.FILES}/{name}": file for name, file in written.items()}
-        state = share(zero.parts(engine.module, ema), self._rank, self._world)
+        state = share(zero.parts(engine.module, ema) | more, self._rank, self._world)
         return own | self._write_tensors(state, building, staged=False)
 
     def _write(self, step: int, meta: dict[str, Any], write: Callable[[Place], dict[str, Any]]) -> str:
@@ -211,6 +213,11 @@ def load(
     set_optimizer_state_dict(model, optimizer, state["optimizer"] | {"param_groups": groups})
     if ema is not None:
         set_model_state_dict(ema, state["ema"])
+
+
+def load_more(folder: Place, state: dict[str, dict[str, torch.Tensor]]) -> None:
+    """Restores in place what `save` was given as `more`. Raises UserError where the checkpoint has not got it."""
+    _read(folder, state)
 
 
 def load_weights(folder: Place, *, model: torch.nn.Module, ema: torch.nn.Module | None) -> None:

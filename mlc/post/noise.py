@@ -1,0 +1,276 @@
+"""`mlc noise OOF`: which training labels are likely wrong, so that a person looks at them or a run leaves them out.
+
+Predictions must come from models that did not see the image (out of fold): a model has learnt the labels it was trained
+on by heart, wrong ones included.
+"""
+
+import json
+import sys
+from argparse import ArgumentTypeError
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from sklearn.metrics import average_precision_score, precision_recall_curve
+
+from mlc.data.soft_labels import aligned
+from mlc.post.label_errors import METHODS, errors, mean_errors, scores, suspects
+from mlc.post.tables import write_csv
+from shards.console import Parser, UserError, did_you_mean, say
+from shards.dataset import Dataset, Index, load_dataset, open_index
+from shards.files import disk_errors, whole
+from shards.table import Columns, Problems, read_rows
+
+SHOWN = 12  # rows of the table of classes
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    dataset = load_dataset(options.data)
+    index = open_index(dataset, options.split)
+    if not index.has_labels:
+        raise UserError(f"{options.data}: the split {options.split!r} has no labels that could be wrong")
+    columns = _columns(dataset, options.group)
+    given = index.targets(np.arange(len(index))) > 0.5
+    probabilities = aligned(options.predictions, index, dataset.classes)
+
+    # What is not looked at takes no part in the ranking; a class nobody has cannot be told from one that is missing.
+    looked_at = columns & given.any(0) & ~given.all(0)
+    score = scores(probabilities, given, options.method)
+    score[:, ~looked_at] = -np.inf
+    found = suspects(errors(probabilities, given), given) & looked_at
+    worst = score.max(1)
+    dropped = np.argsort(-worst, kind="stable")[: round(options.drop * len(worst))]
+
+    folder = Path(options.out) if options.out else Path(options.predictions).parent / "noise"
+    _write_labels(folder / "labels.csv", index, dataset.classes, given, probabilities, score, found, options.most)
+    ids = index.batch.column("image_id")
+    write_csv(
+        folder / "drop.csv", ["ImageID", "score"], ((ids[int(row)].as_py(), f"{worst[row]:.6g}") for row in dropped)
+    )
+    summary = {
+        "images": len(index),
+        "suspicious_labels": int(found.sum()),
+        "suspicious_images": int(found.any(1).sum()),
+        "dropped": len(dropped),
+        "not_judged": [dataset.classes[c] for c in np.flatnonzero(columns & ~looked_at)],
+    }
+    if options.against:
+        wrong = recorded(Path(options.against), index, dataset, given)
+        summary["against"] = _judge(folder, score[:, looked_at], wrong[:, looked_at], dropped)
+    if options.json:
+        print(json.dumps(summary | {"classes": _by_class(dataset, given, probabilities, found, looked_at)}))
+    else:
+        _show(summary, _by_class(dataset, given, probabilities, found, looked_at))
+    say(f"{folder}: labels.csv (the {options.most} likeliest), drop.csv ({len(dropped)} images, for --drop-rows)")
+    return 0
+
+
+def _columns(dataset: Dataset, group: str) -> np.ndarray:
+    """bool [C]: the classes of the group, all without one."""
+    if not group:
+        return np.ones(len(dataset.classes), bool)
+    if group not in dataset.groups:
+        there = ", ".join(dataset.groups) or "none"
+        raise UserError(
+            f"--group {group}: the data set has the groups {there}{did_you_mean(group, list(dataset.groups))}"
+        )
+    return np.isin(dataset.classes, dataset.groups[group])
+
+
+def _write_labels(path: Path, index: Index, classes, given, probabilities, score, found, most: int) -> None:
+    """The likeliest entries, one a line."""
+    flat = score.reshape(-1)
+    most = min(most, int(np.isfinite(flat).sum()))
+    best = np.argpartition(-flat, most - 1)[:most]
+    best = best[np.lexsort((best, -flat[best]))]
+    rows, columns = np.divmod(best, score.shape[1])
+    lines = (
+        (
+            index.key(row),
+            index.image_id(row),
+            classes[column],
+            int(given[row, column]),
+            f"{probabilities[row, column]:.6g}",
+            f"{score[row, column]:.6g}",
+            int(found[row, column]),
+        )
+        for row, column in zip(rows.tolist(), columns.tolist(), strict=True)
+    )
+    write_csv(path, ["key", "ImageID", "label", "given", "probability", "score", "suspect"], lines)
+
+
+# ---- against what is known to be wrong -------------------------------------------------------------------------------
+
+
+def recorded(path: Path, index: Index, dataset: Dataset, given: np.ndarray) -> np.ndarray:
+    """bool [N, C]: the entries that a file `ImageID,Labels,TrueLabels` says are wrong, such as the demo data's
+    wrong_labels.csv. Images of other splits are passed over.
+
+    Raises:
+        UserError: no image of the split, a label that the data set does not have, or labels that are not its own.
+    """
+    problems = Problems()
+    tables = [read_rows(path, Columns(labels=name), problems, need_labels=True) for name in ("Labels", "TrueLabels")]
+    if problems:
+        raise UserError(f"{problems.lines()[0]} ({len(problems)} bad rows)")
+    place = {name: row for row, name in enumerate(index.batch.column("image_id").to_pylist())}
+    column = {name: c for c, name in enumerate(dataset.classes)}
+    wrong = np.zeros(given.shape, bool)
+    for then, true in zip(*tables, strict=True):
+        row = place.get(then.image_id)
+        if row is None:
+            continue
+        unknown = [name for name in (*then.labels, *true.labels) if name not in column]
+        if unknown:
+            raise UserError(f"{path} line {then.line}: no class {unknown[0]!r}{did_you_mean(unknown[0], list(column))}")
+        if {column[name] for name in then.labels} != set(np.flatnonzero(given[row])):
+            raise UserError(f"{path} line {then.line}: {then.image_id} has other labels in {index.path.parent}")
+        for name in set(then.labels) ^ set(true.labels):
+            wrong[row, column[name]] = True
+    if not wrong.any():
+        raise UserError(
+            f"{path}: none of its {len(tables[0])} images with wrong labels is in the split {index.path.stem!r}"
+        )
+    return wrong
+
+
+def _judge(folder: Path, score: np.ndarray, wrong: np.ndarray, dropped: np.ndarray) -> dict[str, float]:
+    """Precision and recall of the ranking over labels and over images, and of the images that are dropped; plotted."""
+    if not wrong.any():
+        raise UserError("--against: none of its wrong labels is of a class that was looked at")
+    images, worst = wrong.any(1), score.max(1)
+    curves = {
+        "labels": precision_recall_curve(wrong.reshape(-1), score.reshape(-1), drop_intermediate=True)[:2],
+        "images": precision_recall_curve(images, worst, drop_intermediate=True)[:2],
+    }
+    result = {
+        "wrong_labels": int(wrong.sum()),
+        "wrong_images": int(images.sum()),
+        "labels_ap": float(average_precision_score(wrong.reshape(-1), score.reshape(-1))),
+        "images_ap": float(average_precision_score(images, worst)),
+        "chance_labels": float(wrong.mean()),
+        "chance_images": float(images.mean()),
+        "dropped_precision": float(images[dropped].mean()) if len(dropped) else 0.0,
+        "dropped_recall": float(images[dropped].sum() / images.sum()),
+    }
+    _plot(folder / "against.png", curves, result)
+    return result
+
+
+def _plot(path: Path, curves: dict, result: dict[str, float]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 4.5))
+    for name, (precision, recall) in curves.items():
+        (line,) = axis.step(recall, precision, where="post", label=f"{name}, AP {result[name + '_ap']:.3f}")
+        axis.axhline(result["chance_" + name], color=line.get_color(), linestyle=":", linewidth=1)
+    axis.plot(result["dropped_recall"], result["dropped_precision"], "ko", label="drop.csv (images)")
+    axis.set(xlabel="recall: wrong ones found", ylabel="precision: found ones wrong", xlim=(0, 1), ylim=(0, 1.02))
+    axis.set_title("against the recorded wrong labels (dotted: chance)", fontsize=10)
+    axis.legend(loc="upper right")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as building:
+        figure.savefig(building, dpi=110, format="png", bbox_inches="tight")
+    plt.close(figure)
+
+
+# ---- what is printed -------------------------------------------------------------------------------------------------
+
+
+def _by_class(dataset: Dataset, given, probabilities, found, looked_at) -> list[dict]:
+    """A row per class that was looked at, the most suspicious labels first."""
+    mean = mean_errors(errors(probabilities, given), given)
+    group_of = {name: group for group, members in dataset.groups.items() for name in members}
+    rows = [
+        {
+            "class": dataset.classes[c],
+            "group": group_of.get(dataset.classes[c], ""),
+            "given": int(given[:, c].sum()),
+            "suspicious": int((found & given)[:, c].sum()),
+            "perhaps_missing": int((found & ~given)[:, c].sum()),
+            "error_given": round(float(mean[1, c]), 4),
+            "error_not_given": round(float(mean[0, c]), 4),
+        }
+        for c in np.flatnonzero(looked_at)
+    ]
+    return sorted(rows, key=lambda row: -row["suspicious"] - row["perhaps_missing"])
+
+
+def _show(summary: dict, classes: list[dict]) -> None:
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    found = f"{summary['suspicious_labels']} suspicious labels on {summary['suspicious_images']}"
+    table = Table(title=f"{found} of {summary['images']} images", title_justify="left")
+    for name in ("class", "group", "given", "of these suspicious", "perhaps missing", "mean error", "of the others"):
+        table.add_column(name, justify="left" if name in ("class", "group") else "right")
+    for row in classes[:SHOWN]:
+        table.add_row(*map(str, row.values()))
+    if len(classes) > SHOWN:
+        table.caption = f"and {len(classes) - SHOWN} more classes (--json has all)"
+    console.print(table)
+    if summary["not_judged"]:
+        console.print(
+            f"not judged, since no image or every image has them: {', '.join(summary['not_judged'])}", markup=False
+        )
+    if known := summary.get("against"):
+        console.print(
+            f"against {known['wrong_images']} images with {known['wrong_labels']} recorded wrong labels: average "
+            f"precision {known['images_ap']:.3f} over images (chance {known['chance_images']:.3f}), "
+            f"{known['labels_ap']:.3f} over labels (chance {known['chance_labels']:.3f})\n"
+            f"drop.csv: {summary['dropped']} images, precision {known['dropped_precision']:.3f}, "
+            f"recall {known['dropped_recall']:.3f}; against.png has the curves"
+        )
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1:
+        raise ArgumentTypeError(f"expected a share of the images between 0 and 1, such as 0.04, not {text!r}")
+    return value
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"expected a whole number from 1 up, not {text!r}")
+    return int(text)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="mlc noise",
+        description="Ranks the labels of a split by how likely they are wrong, and lists images to leave out.",
+        epilog="example: mlc noise runs/kfold/oof.csv --data data/demo-shards --against data/demo/wrong_labels.csv\n"
+        "         mlc train ... --drop-rows runs/kfold/noise/drop.csv",
+    )
+    add = parser.add_argument
+    add("predictions", metavar="OOF", help="out-of-fold predictions of the whole split, CSV or Arrow")
+    add("--data", required=True, metavar="DIR", help="packed data set: a folder or a URL")
+    add("--split", default="train", help="split of --data (default: train)")
+    add(
+        "--method",
+        choices=METHODS,
+        default="confident",
+        help="order of the list: `error` |label - p|; `class` in units of the class's mean error; `confident` the "
+        "suspects of confident learning first, then the others, by their error (default)",
+    )
+    add("--group", default="", metavar="NAME", help="look only at the labels of this group")
+    add(
+        "--drop",
+        type=_share,
+        default=0.05,
+        metavar="SHARE",
+        help="share of the images to put into drop.csv, those with the likeliest wrong label (default: 0.05)",
+    )
+    add("--most", type=_count, default=1000, metavar="N", help="lines of labels.csv (default: 1000)")
+    add("--against", metavar="CSV", help="ImageID,Labels,TrueLabels of labels known to be wrong: scores the ranking")
+    add("--out", metavar="DIR", help="folder to write (default: noise/ beside OOF)")
+    add("--json", action="store_true", help="print JSON instead of the table")
+    return parser

@@ -6,6 +6,7 @@ files themselves and their plain mean stand beside it: often the plain mean is a
 """
 
 import json
+import math
 import os
 from argparse import Namespace
 from collections.abc import Sequence
@@ -117,9 +118,14 @@ def _numbers(text: str, models: int) -> NDArray:
         raise UserError(
             f"--weights {text}: {len(weights)} weights for {models} files; give one for each, in their order"
         )
-    if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
+    return _shares(weights, text)
+
+
+def _shares(weights: NDArray, text: str) -> NDArray:
+    """Of sum 1 over the files."""
+    if not (np.isfinite(weights).all() and (weights >= 0).all() and (weights.sum(0) > 0).all()):
         raise UserError(f"--weights {text}: weights are numbers from 0 on, not all of them 0")
-    return weights / weights.sum()
+    return weights / weights.sum(0)
 
 
 def _rules(options: Namespace, files: Sequence[Path]) -> list[dict | None]:
@@ -139,9 +145,12 @@ def _rule(text: str) -> dict:
     if text.endswith(".json"):
         return thresholds.load(text)
     try:
-        return {"metric": None, "global": float(text), "value": None}
+        number = float(text)
     except ValueError:
-        raise UserError(f"--threshold {text}: expected a number, a thresholds.json or `tuned`") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"--threshold {text}: expected a number, a thresholds.json or `tuned`")
+    return {"metric": None, "global": number, "value": None}
 
 
 # ---- probabilities ---------------------------------------------------------------------------------------------------
@@ -296,7 +305,7 @@ def _read_weights(path: Path, answers: Answers) -> tuple[str, NDArray]:
         raise UserError(f"--weights {path} cannot be read as what `mlc ensemble` wrote: {error}") from None
     if weights.shape[:1] != answers.stack.shape[:1]:
         raise UserError(f"--weights {path} is for {len(files)} files ({', '.join(files)}); give as many, in that order")
-    return "given", weights
+    return "given", _shares(weights, str(path))
 
 
 def _parser() -> Parser:

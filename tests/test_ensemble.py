@@ -81,6 +81,14 @@ def test_arrow_out_is_the_same_table(world, tmp_path):
         assert reader.schema.names == ["ImageID", *CLASSES]
 
 
+def test_an_index_that_pandas_left_is_no_class(world, tmp_path):
+    with (tmp_path / "a.csv").open() as file:
+        lines = file.read().splitlines()
+    (tmp_path / "d.csv").write_text("\n".join(f"{row - 1 if row else ''},{line}" for row, line in enumerate(lines)))
+    assert call(tmp_path, *out(tmp_path, "d.csv", "b.csv")) == 0
+    np.testing.assert_allclose(table(tmp_path / "out.csv"), (world["a"] + world["b"]) / 2, atol=1e-6)
+
+
 def test_geometric_and_rank(world, tmp_path):
     stack = np.stack([world["a"], world["b"]])
     for method, expected in (("geometric", np.sqrt(stack[0] * stack[1])), ("rank", combine.ranks(stack).mean(0))):
@@ -199,6 +207,14 @@ def empty_truth(tables, tmp_path):
     write_submission(tmp_path / "truth.csv", IDS, CLASSES, tables["truth"] & False)
 
 
+def negative(tables, tmp_path):
+    (tmp_path / "w.json").write_text('{"files": ["a", "b"], "weights": [2, -1]}')
+
+
+def other_classes(tables, tmp_path):
+    (tmp_path / "w.json").write_text('{"files": ["a", "b"], "weights": {"cow": [0.5, 0.5]}}')
+
+
 @pytest.mark.parametrize(
     "change, argv, words",
     [
@@ -214,7 +230,10 @@ def empty_truth(tables, tmp_path):
         (None, ["--weights", "tunde"], "did you mean tuned?"),
         (None, ["--weights", "tuned"], "--weights tuned needs the truth: --data DIR --split S, or --truth CSV"),
         (None, ["--weights", "none.json"], "none.json cannot be read"),
+        (negative, ["--weights", "PATH/w.json"], "w.json: weights are numbers from 0 on"),
+        (other_classes, ["--weights", "PATH/w.json"], "it or the predictions have no class '10'"),
         (None, ["--threshold", "high"], "--threshold high: expected a number"),
+        (None, ["--threshold", "nan"], "--threshold nan: expected a number"),
         (None, ["--threshold", "tuned"], "--threshold tuned needs the truth"),
         (None, ["--compare"], "--compare needs the truth"),
         (None, ["--vote", "--union"], "give --vote or --union, not both"),
@@ -232,6 +251,7 @@ def test_mistakes_are_one_line_and_write_nothing(world, tmp_path, capsys, change
     if change:
         change(world, tmp_path)
     try:
+        argv = [arg.replace("PATH", str(tmp_path)) for arg in argv]
         assert call(tmp_path, *out(tmp_path, "a.csv", "b.csv", *argv)) == 2
     except SystemExit as stop:  # a flag that there is not
         assert stop.code == 2

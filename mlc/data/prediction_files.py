@@ -75,7 +75,7 @@ def read_sets(files: Sequence[Path], rules: Sequence[Mapping | None], also: Sequ
 
 def class_columns(file: Path) -> list[str]:
     """The classes of a prediction file, in its order. Raises UserError for another file."""
-    names = read_header(file)
+    names = [name for name in read_header(file) if name]  # without pandas' index, whose name is empty
     if "ImageID" not in names or len(names) < 2:
         raise UserError(f"{file}: no predictions; they have a column ImageID and one of probabilities for each class")
     if is_submission(file):

@@ -144,14 +144,16 @@ def _wrong(kind: str, content: Mapping[str, Any]) -> str:
         return "" if _number(beta) and beta > 0 else "a number `beta` above 0"
     if kind in ("group", "class", "balance"):
         return "" if _numbers(content.get("classes")) else "a threshold for each class in `classes`"
-    if kind == "top-k":
-        groups = content.get("groups")
-        good = isinstance(groups, dict) and groups and all(_is_group(group) for group in groups.values())
-        members = [name for group in groups.values() for name in group["classes"]] if good else []
-        known = content.get("classes")
-        if not good or not isinstance(known, list) or sorted(members) != sorted(known):
-            return "`groups` of threshold, min, max and classes, together all of `classes`"
+    if kind == "top-k" and not _is_grouped(content.get("groups"), content.get("classes")):
+        return "`groups` of threshold, min, max and classes, together all of `classes`"
     return ""
+
+
+def _is_grouped(groups: Any, classes: Any) -> bool:
+    if not isinstance(groups, dict) or not groups or not all(map(_is_group, groups.values())):
+        return False
+    members = [name for group in groups.values() for name in group["classes"]]
+    return _names(classes) and sorted(members) == sorted(classes)
 
 
 def _is_group(group: Any) -> bool:
@@ -159,8 +161,11 @@ def _is_group(group: Any) -> bool:
         return False
     least, most, names = group.get("min"), group.get("max"), group.get("classes")
     whole_numbers = all(isinstance(bound, int) and not isinstance(bound, bool) for bound in (least, most))
-    named = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    return whole_numbers and 0 <= least <= most and named
+    return whole_numbers and 0 <= least <= most and _names(names)
+
+
+def _names(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(name, str) for name in values)
 
 
 def _numbers(values: Any) -> bool:

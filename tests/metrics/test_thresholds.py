@@ -170,6 +170,7 @@ def test_other_classes_are_refused_by_name():
         {"rule": "expected", "beta": 0},
         {"rule": "top-k", "classes": ["a"], "groups": {}},
         TOP_K | {"classes": ["a", "b"]},
+        TOP_K | {"classes": ["a", 1, "c"]},
         TOP_K | {"groups": {"x": {"threshold": 0.4, "min": 2, "max": 1, "classes": ["a", "b", "c"]}}},
         TOP_K | {"groups": {"x": {"threshold": 0.4, "min": 0.5, "max": 1, "classes": ["a", "b", "c"]}}},
     ],

@@ -86,5 +86,6 @@ class HardMining:
 
 
 def open_mining(config: Config, sampler: Sampler, device: torch.device, columns: Sequence[int]) -> HardMining | None:
-    """None where nothing is mined, or the list is made once from --hard-list."""
-    return HardMining(sampler, device, columns) if config.hard_mining and not config.hard_list else None
+    """None where nothing is mined, the list is made once from --hard-list, or the share is less than one sample."""
+    wanted = config.hard_mining and not config.hard_list and sampler.sources[0].hard
+    return HardMining(sampler, device, columns) if wanted else None

@@ -16,7 +16,20 @@ def arguments(shards: Path, folder: Path, *more: str) -> list[str]:
     """120 samples an epoch (100 and a fifth), 16 a step: lists for the second and the third epoch."""
     lengths = ["--global-batch-size", "16", "--max-steps", "20", "--checkpoint-every", "5st", "--log-interval", "1"]
     where = ["--output", str(folder), "--experiment", "run", "--log-samples", str(folder / "samples.jsonl")]
-    mined = ["--hard-mining", "0.2", "--mixup", "0.4", "--lr", "1e-3", "--val-split", "", "--drop-path", "0"]
+    mined = [
+        "--hard-mining",
+        "0.2",
+        "--drop-path",
+        "0",
+        "--mixup",
+        "0.4",
+        "--lr",
+        "1e-3",
+        "--sched",
+        "constant",
+        "--val-split",
+        "",
+    ]
     return ["train.py", *TINY, *lengths, *where, *mined, "--data", str(shards), *more]
 
 

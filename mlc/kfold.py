@@ -211,7 +211,8 @@ def _common(options: Namespace, config: Config) -> list[str]:
     pairs = {"weights": options.weights, "tta": options.tta, "cache_dir": config.cache_dir, "workers": config.workers}
     pairs |= {"batch_size": size, "cache_gb": config.cache_gb, "amp_dtype": config.amp_dtype}
     pairs |= {"max_bad_samples": config.max_bad_samples}
-    return [f"{flag(name)}={value}" for name, value in pairs.items()]
+    features = [("features", file) for file in config.features]
+    return [f"{flag(name)}={value}" for name, value in (*pairs.items(), *features)]
 
 
 def join(parts: Sequence[Path], index: Index, classes: Sequence[str]) -> NDArray[np.float32]:

@@ -192,7 +192,8 @@ def _passes(loaded: Sequence[tuple], weights: Sequence[Path] | None) -> Iterable
         config = info["pretrained_cfg"]
         image = [config[key] for key in ("input_size", "crop_pct", "mean", "std")] + [exported_crop(info)]
         text = reading_of(weights[number], info) if weights else None
-        alike.setdefault(repr((image if sees_images(info) else None, text)), []).append(number)
+        features = info.get("mlc", {}).get("features")
+        alike.setdefault(repr((image if sees_images(info) else None, text, features)), []).append(number)
     return alike.values()
 
 

@@ -1,18 +1,20 @@
-"""Scores a run on a split that has labels: a table, `--json`, and a picture of what it predicts."""
+"""Scores a run on a split that has labels: a table, `--json`, and a picture of what it predicts. Files that are already
+there are scored by mlc/scores.py, which `mlc eval` comes through.
+"""
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from mlc.batch_size import in_prediction
 from mlc.captions import captions_of
 from mlc.data.dataset import BadSamples
 from mlc.data.loader import readers
 from mlc.inference import tta_views
-from mlc.metrics import multilabel, thresholds
+from mlc.metrics import bootstrap, multilabel, thresholds
+from mlc.metrics.scorecard import Scorecard
 from mlc.models.export import load_exported
 from mlc.parallel import launch
 from mlc.predict import (
@@ -25,6 +27,7 @@ from mlc.predict import (
     write_probabilities,
 )
 from mlc.report.plots import contact_sheet
+from mlc.scores import count, finite, print_metrics
 from shards.console import Parser, UserError, say
 
 
@@ -43,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{options.data} has other classes than the run {options.run}; evaluate on the data it was trained for"
         )
 
+    begin = time.perf_counter()
     scores, seen = predict(
         model.to(accelerator.device),
         info,
@@ -57,20 +61,28 @@ def main(argv: list[str] | None = None) -> None:
         features=features_of(options, [info], reader, rows),
         title=f"evaluate {options.split}",
     )
+    seconds = time.perf_counter() - begin
     if accelerator.is_main_process:
         rule = thresholds.load(weights / "thresholds.json")
         scores, rows = scores[seen], rows[seen]
-        results = score(scores, reader.index.targets(rows) > 0.5, dataset, rule)
+        target = reader.index.targets(rows) > 0.5
+        card = Scorecard(scores, scores > 0.5, target, dataset.group_columns)
+        results = {name: float(value[0]) for name, value in card.at().items()} | score(scores, target, dataset, rule)
+        results["size_mb"] = (weights / "model.safetensors").stat().st_size / 1e6
+        results["ms_per_sample"] = 1e3 * seconds / max(1, len(seen))
+        if options.bootstrap:
+            drawn = bootstrap.draws(len(card), options.bootstrap)
+            results["intervals"] = {name: list(found) for name, found in bootstrap.intervals(card, drawn).items()}
         folder = Path(options.run) / "predictions"
         ids = [reader.image_id(row) for row in rows]
         write_probabilities(folder / f"{options.split}.csv", ids, dataset.classes, scores)
         predicted = thresholds.apply(scores, rule, dataset.classes)
         contact_sheet(folder / f"{options.split}.png", reader, rows, predicted, dataset.classes)
-        (folder / f"{options.split}.json").write_text(json.dumps(results, indent=1) + "\n")
+        (folder / f"{options.split}.json").write_text(json.dumps(finite(results), indent=1) + "\n")
         if options.json:
-            print(json.dumps(results))
+            print(json.dumps(finite(results)))
         else:
-            _print_table(results, f"{options.run} on {options.split}, {len(rows)} samples")
+            print_metrics(results, f"{options.run} on {options.split}, {len(rows)} samples")
         say(f"pictures with predictions: {folder / f'{options.split}.png'}")
     accelerator.end_training()
 
@@ -88,15 +100,6 @@ def score(scores: np.ndarray, target: np.ndarray, dataset, rule: dict) -> dict[s
     return results
 
 
-def _print_table(results: dict[str, float], title: str) -> None:
-    table = Table(title=title)
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    for name, value in results.items():
-        table.add_row(name, f"{value:.4f}")
-    Console().print(table)
-
-
 def _parser() -> Parser:
     parser = Parser(
         prog="mlc eval",
@@ -110,6 +113,9 @@ def _parser() -> Parser:
     parser.add_argument("--data", required=True, help="packed data set: a folder or a URL")
     parser.add_argument("--split", default="val", help="split of --data (default: val)")
     add_data_flags(parser)
+    parser.add_argument(
+        "--bootstrap", type=count, default=0, metavar="N", help="95 %% intervals from N draws of images"
+    )
     parser.add_argument("--tta", default="", help="views to average, comma-separated: hflip, scale")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     add_compute_flags(parser)

@@ -112,6 +112,8 @@ class Wandb:
             say(f"W&B cannot be reached ({type(error).__name__}); writing to disk instead: wandb sync {folder}/wandb/*")
             wandb.teardown()  # its helper process still holds the id
             self.run = wandb.init(mode="offline", **options)
+        if url := getattr(self.run, "url", None):  # there is none offline; `mlc report` links to it
+            (folder / "wandb_url").write_text(url + "\n")
         self.run.define_metric("*", step_metric="step")
         self._folder, self._artifacts = folder, config.wandb_artifacts
         self._mark = folder / "wandb_sent.json"

@@ -25,6 +25,7 @@ from mlc.config import Config
 from mlc.data.dataset import Batch
 from mlc.data.mixing import Mix
 from mlc.flags import write_yaml
+from mlc.logfile import read_log
 from mlc.mirrors import Mirror, open_mirrors
 from shards.dataset import Index
 from shards.files import disk_errors, whole
@@ -85,17 +86,6 @@ class RunLog:
             self._file.close()
         for mirror in self._mirrors:
             mirror.close(final)
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `log.jsonl`; a last line cut by a crash is left out."""
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return lines
 
 
 def _open_until(path: Path, step: int) -> TextIO:

@@ -98,6 +98,30 @@ def aspects(series: Mapping[str, np.ndarray], label: str) -> str:
         return _svg(figure, label, "aspects")
 
 
+def curves(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    label: str,
+    xlabel: str,
+    ylabel: str,
+    *,
+    name: str,
+    diagonal: bool = False,
+    at: float | None = None,
+) -> str:
+    """Lines y(x), (x, y) each; nan leaves a gap. Dashed, for comparison: y = x for `diagonal`, x = `at`."""
+    with rc_context(STYLE):
+        figure, axes = _axes()
+        for color, (x, y) in zip(_colors(series), series.values(), strict=True):
+            axes.plot(x, y, color=color, linewidth=1.5, marker="o" if len(x) < 25 else None, markersize=3)
+        if diagonal:
+            axes.axline((0, 0), slope=1, color=INK, linewidth=0.8, linestyle="--")
+            axes.set(xlim=(0, 1), ylim=(0, 1))
+        if at is not None:
+            axes.axvline(at, color=INK, linewidth=0.8, linestyle="--")
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        return _svg(figure, label, name)
+
+
 def _axes() -> tuple[Figure, Axes]:
     figure = Figure(figsize=(4.0, 2.5), layout="constrained")
     axes = figure.subplots()

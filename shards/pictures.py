@@ -8,6 +8,7 @@ import io
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -141,26 +142,32 @@ def perceptual_hash(image: Image.Image) -> np.uint64:
 
 
 def thumbnails(
-    indexes: Mapping[str, Index], wanted: Iterable[tuple[str, int]], *, workers: int
+    indexes: Mapping[str, Index],
+    wanted: Iterable[tuple[str, int]],
+    *,
+    workers: int,
+    size: tuple[int, int] = (144, 96),
 ) -> dict[tuple[str, int], bytes]:
-    """(split, row) -> JPEG of at most 144 x 96 pixels; pictures that are unusable are left out."""
+    """(split, row) -> JPEG of at most `size` pixels, (width, height); pictures that are unusable are left out."""
     rows = {name: np.array(sorted({row for split, row in wanted if split == name}), np.int64) for name in indexes}
     tasks = [(name, Task(indexes[name], part)) for name in indexes for part in _chunks(rows[name])]
     found = {}
-    for (name, task), made in zip(tasks, spread(shrink, [task for _, task in tasks], workers), strict=True):
+    for (name, task), made in zip(
+        tasks, spread(partial(shrink, size=size), [task for _, task in tasks], workers), strict=True
+    ):
         found |= {(name, int(row)): data for row, data in zip(task.rows, made, strict=True) if data}
     return found
 
 
-def shrink(task: Task) -> list[bytes]:
+def shrink(task: Task, size: tuple[int, int]) -> list[bytes]:
     """Thumbnails of the task's rows, b"" where the picture is unusable."""
     found = [b""] * len(task.rows)
     for place, data in stored(task.index, task.rows):
         try:
-            _, image = decoded(data, 192)
+            _, image = decoded(data, max(size) * 4 // 3)
         except BadImage:
             continue
-        image.thumbnail((144, 96), Image.Resampling.LANCZOS)
+        image.thumbnail(size, Image.Resampling.LANCZOS)
         out = io.BytesIO()
         image.save(out, "JPEG", quality=70, optimize=True)
         found[place] = out.getvalue()

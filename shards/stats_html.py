@@ -11,7 +11,7 @@ import os
 import re
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import BaseLoader, ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from shards import stats_sections as sections
@@ -70,20 +70,25 @@ def write_page(dataset: Dataset, found: dict[str, dict], out: Path, *, most: int
     say(f"page: {out} ({len(page) / 1e6:.1f} MB)")
 
 
-def render(**context) -> bytes:
-    """The page as UTF-8; a name the template uses and the context lacks is an error."""
+def render(template: str = "stats.html.j2", *folders: BaseLoader, **context) -> bytes:
+    """The page as UTF-8; a name the template uses and the context lacks is an error.
+
+    folders: where else than here to look for the template, and for a `.css` of its name that comes after ours.
+    """
     environment = Environment(
-        loader=PackageLoader("shards", "page"),
+        loader=ChoiceLoader([PackageLoader("shards", "page"), *folders]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= {"short": short, "percent": percent, "thousands": "{:,}".format}
-    script, style = (environment.loader.get_source(environment, name)[0] for name in ("stats.js", "stats.css"))
+    names = dict.fromkeys(["stats.js", "stats.css", template.replace(".html.j2", ".css")])
+    script, *styles = (environment.loader.get_source(environment, name)[0] for name in names)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    template = environment.get_template("stats.html.j2")
-    text = template.render(context, script=Markup(script), style=Markup(style), script_sha256=digest, TOP=TOP)
+    style = Markup("\n".join(styles))
+    page = environment.get_template(template)
+    text = page.render(context, script=Markup(script), style=style, script_sha256=digest, TOP=TOP)
     return text.encode("utf-8", "replace")
 
 

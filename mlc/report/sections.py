@@ -1,0 +1,305 @@
+"""The sections of `mlc report`, each a function from runs to what its part of the template shows.
+
+All decisions on the page are those of each run's own thresholds, since these are what `mlc predict` hands in.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from mlc.metrics import bootstrap, calibration
+from mlc.metrics.scorecard import LOWER_IS_BETTER, ratio
+from mlc.report.runs import Run, Scored, Subject
+from shards import charts, stats_facts
+from shards.stats import overview, split_stats
+from shards.urls import redact
+
+HEADLINE = {
+    "f1_samples": "F1 over samples",
+    "f1_micro": "F1 micro",
+    "f1_macro": "F1 macro",
+    "f2_samples": "F2 over samples",
+    "map": "mAP",
+    "precision_samples": "precision over samples",
+    "recall_samples": "recall over samples",
+    "CF1": "CF1",
+    "OF1": "OF1",
+    "lrap": "label ranking average precision",
+    "loss": "loss (cross entropy)",
+    "ece": "calibration error (ECE)",
+}
+GRID = np.arange(1, 50) / 50  # thresholds of the curves
+CURVE_IMAGES = 10_000  # whose curves are drawn, evenly spread
+HEAT = 24  # classes of a heat map
+PAIRS = 30
+NOT_SETTINGS = ("experiment", "output", "resume", "seed")  # differ between any two runs, and say nothing
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def summary(found: Sequence[Scored], weights: np.ndarray) -> dict[str, Any]:
+    """Rows {name, title, a cell per run with its interval}, those of HEADLINE first; further runs minus the first."""
+    values = [one.card.at() for one in found]
+    replicates = [one.card.at(weights) for one in found]
+    names = [*HEADLINE, *(name for name in values[0] if name not in HEADLINE and "/" not in name)]
+    rows = []
+    for name in names:
+        numbers = [float(value[name][0]) for value in values]
+        best = min(numbers) if name in LOWER_IS_BETTER else max(numbers)
+        cells = [
+            {"value": number, "interval": bootstrap.interval(drawn[name]), "best": len(found) > 1 and number == best}
+            for number, drawn in zip(numbers, replicates, strict=True)
+        ]
+        title = HEADLINE.get(name, name.replace("_", " "))
+        rows.append({"name": name, "title": title, "lower": name in LOWER_IS_BETTER, "cells": cells})
+    against = []
+    for number, one in enumerate(found[1:], 1):
+        differences = [
+            bootstrap.difference(
+                name, values[number][name][0] - values[0][name][0], replicates[number][name] - replicates[0][name]
+            )
+            for name in HEADLINE
+        ]
+        against.append({"name": one.run.name, "rows": list(zip(HEADLINE.values(), differences, strict=True))})
+    return {"headline": rows[: len(HEADLINE)], "rest": rows[len(HEADLINE) :], "against": against}
+
+
+def groups(subject: Subject, found: Sequence[Scored], weights: np.ndarray) -> list[dict[str, Any]]:
+    """Per group and run: classes, labels, and map, f1_samples, f1_micro, f1_macro and f2_samples with intervals."""
+    rows = []
+    drawn = [(one.card.at(), one.card.at(weights)) for one in found]
+    for group, columns in subject.truth.groups.items():
+        for one, (values, replicates) in zip(found, drawn, strict=True):
+            cells = {
+                name: (float(values[f"{name}/{group}"][0]), bootstrap.interval(replicates[f"{name}/{group}"]))
+                for name in ("map", "f1_samples", "f1_micro", "f1_macro", "f2_samples")
+            }
+            labels = int(subject.truth.target[:, list(columns)].sum())
+            rows.append(
+                {"group": group, "run": one.run.name, "classes": len(columns), "labels": labels, "cells": cells}
+            )
+    return rows
+
+
+def classes(subject: Subject, found: Sequence[Scored]) -> list[dict[str, Any]]:
+    """A row per class, most frequent first: name, group, support and, of each run, ap, precision, recall, f1, threshold
+    and how often it is predicted."""
+    group_of = {name: group for group, members in subject.dataset.groups.items() for name in members}
+    columns = [one.card.classes() for one in found]
+    rows = []
+    for place in np.argsort(-columns[0]["support"], kind="stable").tolist():
+        name = subject.truth.classes[place]
+        of_runs = [
+            {key: values[key][place].item() for key in ("ap", "precision", "recall", "f1", "predicted")}
+            | {"threshold": one.run.threshold(name)}
+            for one, values in zip(found, columns, strict=True)
+        ]
+        support = int(columns[0]["support"][place])
+        rows.append({"name": name, "group": group_of.get(name, ""), "support": support, "runs": of_runs})
+    return rows
+
+
+# ---- charts ----------------------------------------------------------------------------------------------------------
+
+
+def curves(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Charts {title, names, svg} of what the logs have, x in epochs, a line per run."""
+    metric = str(runs[0].settings.get("eval_metric", "f1_samples@tuned"))
+    wanted = {
+        "Training loss": ("train/loss", "loss"),
+        "Validation loss": ("/loss", "loss"),
+        f"Validation {metric}": (f"/{metric}", metric),
+        "Validation mAP": ("/map", "mAP"),
+        "Learning rate": ("train/lr", "learning rate"),
+        "Norm of the gradient": ("train/grad_norm", "norm"),
+        "Images per second": ("train/img_per_sec", "images / s"),
+        "Time spent waiting for data": ("data/wait_frac", "share"),
+    }
+    shown = []
+    for title, (key, ylabel) in wanted.items():
+        series = {}
+        for run in runs:
+            for name in (f"val{key}", f"val_ema{key}") if key.startswith("/") else (key,):
+                x, y = run.curve(name)
+                if x:
+                    averaged = ", averaged weights" if name.startswith("val_ema") else ""
+                    series[f"{run.name}{averaged}"] = (x, y)
+        if series:
+            shown.append(_chart(f"{title}.", series, "epoch", ylabel, f"curve{len(shown)}"))
+    return shown
+
+
+def _chart(title: str, series: Mapping, xlabel: str, ylabel: str, name: str) -> dict[str, Any]:
+    """The last value of each line is in words, for who cannot see it; names of runs stay out of the picture."""
+    ends = ", ".join(f"{y[-1]:.4g}" for _, y in series.values())
+    label = f"{ylabel} by {xlabel}, {len(series)} line{'s' * (len(series) > 1)}, at the end {ends}"
+    svg = Markup(charts.curves(series, label, xlabel, ylabel, name=name))
+    return {"title": title, "names": list(series), "svg": svg}
+
+
+def threshold_curves(found: Sequence[Scored], target: np.ndarray) -> list[dict[str, Any]]:
+    """One chart per run: F1 over samples, micro and macro, by one threshold for all classes."""
+    shown = []
+    for number, one in enumerate(found):
+        rows = np.unique(np.linspace(0, len(target) - 1, min(len(target), CURVE_IMAGES)).astype(int))
+        scores, true = one.scores[rows], target[rows]
+        values = np.array([_f1(scores > threshold, true) for threshold in GRID]).T
+        series = {kind: (GRID, line) for kind, line in zip(("samples", "micro", "macro"), values, strict=True)}
+        best = GRID[values.argmax(1)]
+        label = "F1 by threshold, highest for " + ", ".join(
+            f"{kind} at {place:.2f} ({line.max():.3f})" for kind, place, line in zip(series, best, values, strict=True)
+        )
+        own = one.run.rule["global"] if one.run.rule.get("rule", "global") == "global" else None
+        svg = Markup(charts.curves(series, label, "threshold", "F1", name=f"thresholds{number}", at=own))
+        shown.append(
+            {"title": f"{one.run.name}: F1 by one threshold for all classes.", "names": list(series), "svg": svg}
+        )
+    return shown
+
+
+def _f1(predicted: np.ndarray, target: np.ndarray) -> list[float]:
+    """Over samples, micro, macro."""
+    hits = predicted & target
+    return [float(np.mean(ratio(2 * hits.sum(axis), predicted.sum(axis) + target.sum(axis)))) for axis in (1, None, 0)]
+
+
+def calibrated(found: Sequence[Scored], target: np.ndarray) -> dict[str, Any]:
+    """The reliability diagram of all runs and, in words, how many decisions are in each bin of the first."""
+    series, tables = {}, []
+    for one in found:
+        said, true, count = calibration.reliability(one.scores, target)
+        series[one.run.name] = (said, true)
+        bins = zip(said.tolist(), true.tolist(), count.tolist(), strict=True)
+        rows = [{"said": p, "true": share, "count": number} for p, share, number in bins if number]
+        tables.append({"name": one.run.name, "rows": rows})
+    label = (
+        "Share of true labels by predicted probability; the dashed line is perfect calibration, the table has numbers"
+    )
+    svg = charts.curves(series, label, "predicted probability", "share that is true", name="reliability", diagonal=True)
+    chart = {"title": "How often a probability is right.", "names": list(series), "svg": Markup(svg)}
+    return {"chart": chart, "tables": tables}
+
+
+# ---- labels that go together, and instead of one another -----------------------------------------------------------
+
+
+def together(subject: Subject) -> dict[str, Any] | None:
+    """A heat map of the frequent labels: of the images with the row's, the share that has the column's."""
+    count = subject.truth.target.sum(0)
+    columns = [int(column) for column in np.argsort(-count, kind="stable")[:HEAT] if count[column]]
+    if len(columns) < 2:
+        return None
+    chosen = subject.truth.target[:, columns].astype(np.float64)
+    shares = ratio(chosen.T @ chosen, np.repeat(chosen.sum(0)[:, None], len(columns), axis=1))
+    names = [subject.truth.classes[column] for column in columns]
+    return {"names": names, "shares": shares.tolist(), "more": int((count > 0).sum()) - len(columns)}
+
+
+def confusion(one: Scored, subject: Subject) -> dict[str, Any] | None:
+    """Which label is predicted, wrongly, on the images on which another is missed: a heat map of the labels missed most
+    and the pairs that stand out, by how much more often than on all images."""
+    missed = subject.truth.target & ~one.predicted
+    wrong = one.predicted & ~subject.truth.target
+    both = missed.T.astype(np.float32) @ wrong.astype(np.float32)  # [missed, predicted]
+    times, usual = missed.sum(0), wrong.mean(0)
+    if not both.any():
+        return None
+    expected = times[:, None] * usual[None, :]
+    surprise = (both - expected) / np.sqrt(np.maximum(expected, 1e-9))
+    surprise[both < 2] = -np.inf
+    pairs = []
+    for place in np.argsort(-surprise, axis=None, kind="stable")[:PAIRS].tolist():
+        i, j = divmod(place, both.shape[1])
+        if surprise[i, j] > 1:
+            pairs.append(
+                {
+                    "missed": subject.truth.classes[i],
+                    "predicted": subject.truth.classes[j],
+                    "images": int(both[i, j]),
+                    "of": int(times[i]),
+                    "times": float(both[i, j] / max(expected[i, j], 1e-9)),
+                }
+            )
+    rows = [int(c) for c in np.argsort(-times, kind="stable")[:HEAT] if times[c]]
+    columns = [int(c) for c in np.argsort(-wrong.sum(0), kind="stable")[:HEAT] if wrong[:, c].any()]
+    shares = ratio(both[np.ix_(rows, columns)], np.repeat(times[rows][:, None], len(columns), axis=1))
+    return {
+        "run": one.run.name,
+        "rows": [(subject.truth.classes[c], int(times[c])) for c in rows],
+        "columns": [subject.truth.classes[c] for c in columns],
+        "shares": shares.tolist(),
+        "pairs": pairs,
+    }
+
+
+# ---- data, speed, settings -------------------------------------------------------------------------------------------
+
+
+def data(subject: Subject, runs: Sequence[Run]) -> dict[str, Any]:
+    """Of the split for training and the one that is reported: the table of `mlc stats`, its warnings, and a chart."""
+    names = [str(runs[0].settings.get("train_split", "train")), subject.split]
+    stats = {
+        name: split_stats(subject.dataset, name) for name in dict.fromkeys(names) if name in subject.dataset.splits
+    }
+    labelled = {name: found for name, found in stats.items() if "classes" in found}
+    grouped = stats_facts.class_groups(subject.dataset, labelled)
+    ranked = {group or "all classes": [row.counts[0] for row in rows] for group, rows in grouped.items()}
+    label = "Images per class, from the most to the least frequent class"
+    return {
+        "fingerprint": subject.dataset.fingerprint,
+        "splits": list(stats),
+        "overview": [(what, cells) for what, cells in overview(stats) if set(cells) != {"-"}],
+        "warnings": stats_facts.class_warnings(grouped, list(labelled)),
+        "trained_on_other": [
+            run.name for run in runs if run.info.get("mlc", {}).get("data") not in (None, subject.dataset.fingerprint)
+        ],
+        "chart": {
+            "title": f"Images per class in {next(iter(labelled))}, most frequent class first.",
+            "names": list(ranked),
+            "svg": Markup(charts.ranked(ranked, label)),
+        },
+    }
+
+
+def speed(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """A row per run of what it took; None where nobody wrote it down."""
+    rows = []
+    for run in runs:
+        rates = run.curve("train/img_per_sec")[1]
+        waits, memory = run.curve("data/wait_frac")[1], run.curve("sys/mem_gb")[1]
+        last = run.log[-1] if run.log else {}
+        rows.append(
+            {
+                "name": run.name,
+                "img_per_sec": float(np.median(rates)) if rates else None,
+                "wait": float(np.median(waits)) if waits else None,
+                "mem_gb": max(memory) if memory else None,
+                "minutes": run.minutes,
+                "step": last.get("step"),
+                "samples": last.get("samples_seen"),
+                "mb": run.megabytes,
+                "ms_per_sample": run.results.get("ms_per_sample"),
+                "environment": ", ".join(f"{name} {value}" for name, value in run.environment.items()),
+                "wandb": run.wandb,
+            }
+        )
+    return rows
+
+
+def settings(runs: Sequence[Run]) -> dict[str, Any]:
+    """`differ`: the settings in which the runs are not alike, `same`: all others, (name, text or a text per run)."""
+    names = sorted({name for run in runs for name in run.settings} - set(NOT_SETTINGS))
+    texts = {name: [_text(run.settings.get(name, "-")) for run in runs] for name in (*names, "seed")}
+    differ = [(name, cells) for name, cells in texts.items() if len(set(cells)) > 1]
+    return {"differ": differ, "same": [(name, cells[0]) for name, cells in texts.items() if len(set(cells)) == 1]}
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return redact(" ".join(map(str, value)))
+    if isinstance(value, dict):
+        return redact(", ".join(f"{name}={part}" for name, part in value.items()))
+    return redact(str(value))

@@ -1,0 +1,277 @@
+"""`mlc eval`: every metric of a prediction file, a submission or a run, with how sure it is, and whether another file
+is better. A table of files is scored in seconds; a run is first predicted (mlc/evaluate.py).
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mlc.answers import (
+    Truth,
+    is_submission,
+    labels_of,
+    predicted_classes,
+    probabilities_of,
+    submitted_classes,
+    truth_of_split,
+    truth_of_table,
+)
+from mlc.metrics import bootstrap, calibration, thresholds
+from mlc.metrics.scorecard import LOWER_IS_BETTER, Scorecard
+from shards.console import Parser, UserError, say
+from shards.table import Columns
+
+AVERAGES = ("_samples", "_micro", "_macro", "_weighted")
+RATES = ("precision", "recall", "f1", "f2")
+OF_GROUPS = ("map", "f1_samples", "f1_micro", "f1_macro", "f2_samples")
+TITLES = {
+    "loss": "binary cross entropy, nats",
+    "map": "mean of the classes' average precision",
+    "lrap": "label ranking average precision",
+    "coverage_error": "labels down to the last true one",
+    "ranking_loss": "share of label pairs in the wrong order",
+    "ece": "expected calibration error",
+    "CF1": "of CP and CR, the classes' means",
+    "OF1": "of OP and OR, all decisions pooled",
+    "f1_samples@tuned": "at the best threshold of these very labels",
+    "threshold": "that threshold",
+    "f1_samples@run": "at the thresholds of the run",
+    "f1_samples@commonest": "of always the commonest labels",
+    "size_mb": "weights on disk",
+    "ms_per_sample": "decoding and starting included",
+}
+
+
+def main(argv: list[str] | None = None) -> int | None:
+    argv = sys.argv[1:] if argv is None else argv
+    if any(arg.partition("=")[0] == "--run" for arg in argv):
+        from mlc import evaluate  # torch and all that a model needs
+
+        return evaluate.main(argv)
+    options = _parser().parse_args(argv)
+    files = [Path(name) for name in (options.pred, options.against) if name]
+    submissions = [file for file in files if is_submission(file)]
+    if submissions and options.calibrate:
+        raise UserError(f"{submissions[0]} has label sets and no probabilities; there is nothing to calibrate")
+    truth = _truth(options, files)
+    answers = [_answer(file, truth, options) for file in files]
+    results: dict[str, Any] = evaluated(*answers[0], truth.target, truth.groups)
+    card = Scorecard(*answers[0], truth.target, truth.groups)
+    weights = bootstrap.draws(len(card), options.bootstrap, options.seed) if options.bootstrap else None
+    if weights is not None:
+        results["intervals"] = {name: list(found) for name, found in bootstrap.intervals(card, weights).items()}
+    results["images"] = len(card)
+    results["classes"] = per_class(card, truth.classes)
+    differences = None
+    if options.against:
+        if weights is None:
+            weights = bootstrap.draws(len(card), 1000, options.seed)
+        other = Scorecard(*answers[1], truth.target, truth.groups)
+        differences = bootstrap.compare(card, other, weights)
+        results["against"] = {name: found._asdict() for name, found in differences.items()}
+    if options.calibrate:
+        results["calibrated"] = _calibrate(options, answers[0][0], truth)
+    if options.json:
+        print(json.dumps(finite(results), ensure_ascii=False))
+        return None
+    print_metrics(results, f"{options.pred} on {truth.source}, {len(card)} images")
+    if differences:
+        _print_differences(differences, options)
+    if options.per_class:
+        _print_classes(results["classes"])
+    return None
+
+
+def evaluated(
+    scores: np.ndarray | None, predicted: np.ndarray, target: np.ndarray, groups: Mapping | None = None
+) -> dict[str, float]:
+    """{metric: value} of `Scorecard.at`, and of probabilities also f1_samples@tuned and its `threshold`.
+
+    scores float32 or None, predicted and target bool, all [N, C].
+    """
+    found = {name: float(value[0]) for name, value in Scorecard(scores, predicted, target, groups).at().items()}
+    if scores is not None:
+        threshold, value = thresholds.best_global_threshold(scores, target)
+        found |= {"f1_samples@tuned": value, "threshold": threshold}
+    return found
+
+
+def per_class(card: Scorecard, classes) -> list[dict[str, Any]]:
+    """One dict per class: name, support, predicted, ap, precision, recall, f1."""
+    columns = card.classes()
+    rows = zip(*(values.tolist() for values in columns.values()), strict=True)
+    return [{"name": name} | dict(zip(columns, row, strict=True)) for name, row in zip(classes, rows, strict=True)]
+
+
+def finite(value: Any) -> Any:
+    """The same with None for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {name: finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _truth(options, files: list[Path]) -> Truth:
+    if bool(options.truth) == bool(options.data):
+        raise UserError(
+            "give the truth once: a CSV after the predictions, or --data DIR --split S of a packed data set"
+        )
+    if options.data:
+        return truth_of_split(options.data, options.split)
+    columns = Columns(options.id_column, options.labels_column, separator=options.label_separator)
+    known = next((predicted_classes(file) for file in files if not is_submission(file)), None)
+    table = Path(options.truth)
+    if known is None:  # label sets everywhere: whatever occurs
+        known = tuple(sorted({*submitted_classes(files, Columns()), *submitted_classes([table], columns)}))
+    return truth_of_table(table, columns, known)
+
+
+def _answer(file: Path, truth: Truth, options) -> tuple[np.ndarray | None, np.ndarray]:
+    """(probabilities or None, decisions), [N, C] each."""
+    if is_submission(file):
+        return None, labels_of(file, truth)
+    scores = probabilities_of(file, truth)
+    return scores, thresholds.apply(scores, _rule(options.threshold), truth.classes)
+
+
+def _rule(text: str) -> Mapping:
+    try:
+        return {"global": float(text)}
+    except ValueError:
+        return thresholds.load(text)
+
+
+def _calibrate(options, scores: np.ndarray, truth: Truth) -> dict[str, Any]:
+    """Writes the calibrated file; {kind, file, temperature or None, ece and loss before and after}."""
+    from mlc.predict import write_probabilities
+
+    file = Path(options.pred)
+    out = Path(options.out) if options.out else file.with_name(f"{file.stem}.{options.calibrate}.csv")
+    if out.resolve() == file.resolve():
+        raise UserError(f"--out {out} is the file that is read; name another")
+    made, curve = calibration.cross_fitted(options.calibrate, scores, truth.target, seed=options.seed)
+    before, after = (Scorecard(values, values > 0.5, truth.target).at() for values in (scores, made))
+    write_probabilities(out, list(truth.ids), truth.classes, made)
+    found: dict[str, Any] = {"kind": options.calibrate, "file": str(out), "temperature": curve.temperature}
+    for name in ("ece", "loss"):
+        found[name] = [float(before[name][0]), float(after[name][0])]
+    moved = f", temperature {curve.temperature:.3f}" if curve.temperature else ""
+    say(
+        f"{out}: calibrated out of fold ({options.calibrate}{moved}): ECE {found['ece'][0]:.4f} -> "
+        f"{found['ece'][1]:.4f}, loss {found['loss'][0]:.4f} -> {found['loss'][1]:.4f}"
+    )
+    return found
+
+
+# ---- printing --------------------------------------------------------------------------------------------------------
+
+
+def print_metrics(results: Mapping[str, Any], title: str) -> None:
+    """The numbers of `results` with their `intervals`: one by one, then by average and by group."""
+    spread = results.get("intervals", {})
+
+    def cell(name: str) -> str:
+        if name not in results:
+            return ""
+        low, high = spread.get(name, (math.nan, math.nan))
+        return f"{results[name]:.4f}" + ("" if math.isnan(low) else f"  {low:.4f}..{high:.4f}")
+
+    groups = list(dict.fromkeys(name.partition("/")[2] for name in results if "/" in name))
+    table = _table(title + (" (and 95 % intervals)" if spread else ""), "metric", "value", "")
+    for name, value in results.items():
+        if isinstance(value, float) and "/" not in name and not (name.endswith(AVERAGES) and name[0] in "prf"):
+            table.add_row(name, cell(name), TITLES.get(name, ""))
+    _print(table)
+    table = _table("averages", "over", *RATES)
+    for average in AVERAGES:
+        table.add_row(average[1:], *(cell(rate + average) for rate in RATES))
+    _print(table)
+    if groups:
+        table = _table("groups", "group", *OF_GROUPS)
+        for group in groups:
+            table.add_row(group, *(cell(f"{name}/{group}") for name in OF_GROUPS))
+        _print(table)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number and name else "left", no_wrap=True)
+    return table
+
+
+def _print(table: Table) -> None:
+    console = Console(markup=False)
+    console.width = max(console.width, 140)  # rather a broken line than a number cut short
+    console.print(table)
+
+
+def _print_differences(differences: Mapping[str, bootstrap.Difference], options) -> None:
+    table = _table(f"B, {options.against}, minus A, {options.pred}", "metric", "B - A", "95 % interval", "p", "better")
+    for name, found in differences.items():
+        lower = " (lower is better)" if name in LOWER_IS_BETTER else ""
+        interval = f"{found.low:+.4f}..{found.high:+.4f}"
+        table.add_row(name + lower, f"{found.value:+.4f}", interval, f"{found.p:.3f}", found.better or "unclear")
+    _print(table)
+
+
+def _print_classes(rows: list[dict[str, Any]]) -> None:
+    names = ("support", "predicted", "ap", "precision", "recall", "f1")
+    table = _table("classes", "class", *names)
+    for row in rows:
+        counts = [str(row[name]) for name in names[:2]]
+        table.add_row(row["name"], *counts, *("" if math.isnan(row[n]) else f"{row[n]:.4f}" for n in names[2:]))
+    _print(table)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="mlc eval",
+        description="Scores a file of predictions, or a run: `mlc eval --run RUN --data DIR`, see `mlc eval --run -h`.",
+        epilog="examples:\n"
+        "  mlc eval oof.csv train.csv --bootstrap 1000\n"
+        "  mlc eval a.csv --data data/demo-shards --split val --against b.csv\n"
+        "  mlc eval submission.csv truth.csv --json\n"
+        "  mlc eval --run runs/demo --data data/demo-shards --split val --bootstrap 1000",
+    )
+    parser.add_argument("pred", help="predictions (.csv, .arrow: ImageID and a column per class) or ImageID,Labels")
+    parser.add_argument("truth", nargs="?", help="CSV with the true labels, as for `mlc pack`")
+    parser.add_argument("--data", help="packed data set with the true labels, in place of TRUTH")
+    parser.add_argument("--split", default="val", help="split of --data (default: val)")
+    parser.add_argument("--threshold", default="0.5", help="a number or a thresholds.json (default: 0.5)")
+    parser.add_argument(
+        "--bootstrap", type=count, default=0, metavar="N", help="95 %% intervals from N draws of images"
+    )
+    parser.add_argument("--against", metavar="OTHER", help="is this file better? Compared on the same draws (or 1000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws and the folds (default: 0)")
+    parser.add_argument(
+        "--calibrate", choices=calibration.KINDS, help="also write calibrated probabilities, each image's out of fold"
+    )
+    parser.add_argument("--out", help="file of --calibrate (default: PRED.KIND.csv beside PRED)")
+    parser.add_argument("--per-class", action="store_true", help="print a row per class as well")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument("--id-column", default="ImageID", help="column of TRUTH (ImageID)")
+    parser.add_argument("--labels-column", default="Labels", help="column of TRUTH (Labels)")
+    parser.add_argument("--label-separator", default=" ", help="what stands between labels in TRUTH (any white space)")
+    return parser
+
+
+def count(text: str) -> int:
+    """A number of draws: at least 20, since 95 % intervals need some."""
+    if not text.isdecimal() or 0 < int(text) < 20:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of draws; 1000 is usual, 20 the least")
+    return int(text)

@@ -52,7 +52,7 @@ def page_of(subject: Subject, found: list[Scored], *, draws: int, maps: int) -> 
     images = gallery.pictures(found, subject)
     return render(
         "report.html.j2",
-        PackageLoader("mlc", "report/page"),
+        PackageLoader("mlc", "report/templates"),
         runs=runs,
         split=subject.split,
         images=len(target),

@@ -69,7 +69,7 @@ def choose(
     probabilities = aligned(predictions, index, dataset.classes)
     never = open_index(dataset, train_split).class_counts() == 0
     probabilities[:, never] = 0
-    labels = thresholds.apply(probabilities, rule) & ~never
+    labels = thresholds.apply(probabilities, rule, dataset.classes) & ~never
     rows = most_confident(probabilities[:, ~never], labels, most=round(share * len(index)), per_class=per_class)
     if not len(rows):
         raise UserError(f"--share {share} of {len(index)} images is less than one; take a larger one")

@@ -26,6 +26,8 @@ from shards.dataset import load_dataset, open_index
 from shards.image import BadImage
 
 fork = multiprocessing.get_context("fork")
+# This process has threads: a child forked while one of them holds a lock may wait for ever.
+fresh = multiprocessing.get_context("spawn")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -282,7 +284,7 @@ def read_all(url: str, cache: Path, gb: float, rows: range, seed: int) -> int:
 
 def test_processes_share_a_cache_and_download_a_shard_once(server, local, tmp_path):
     expected = checksum(local, range(len(local)))
-    with fork.Pool(4) as pool:
+    with fresh.Pool(4) as pool:
         results = pool.starmap(read_all, [(server.url, tmp_path, 1.0, range(len(local)), seed) for seed in range(4)])
     assert results == [expected] * 4
     asked = Counter(entry for entry in server.log if entry[0].endswith(".tar"))
@@ -292,7 +294,7 @@ def test_processes_share_a_cache_and_download_a_shard_once(server, local, tmp_pa
 def test_processes_share_a_cache_that_is_too_small(server, local, tmp_path):
     expected = checksum(local, range(70, 90))
     biggest = max(shard.size for shard in local.index.shards)
-    with fork.Pool(2) as pool:
+    with fresh.Pool(2) as pool:
         results = pool.starmap(
             read_all, [(server.url, tmp_path, 1.5 * biggest / 1e9, range(70, 90), seed) for seed in range(2)]
         )

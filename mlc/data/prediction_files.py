@@ -6,7 +6,7 @@ has no partner is refused by its name.
 import csv
 import itertools
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -191,7 +191,7 @@ def write_probabilities(path: Path, ids: Sequence[str], classes: Sequence[str], 
         columns = {"ImageID": pa.array(ids, pa.large_string())} | dict(zip(classes, scores.T, strict=True))
         _write_arrow(path, pa.table(columns))
         return
-    _write(
+    write_csv(
         path,
         ["ImageID", *classes],
         ([image_id, *(f"{p:.9g}" for p in row)] for image_id, row in zip(ids, scores, strict=True)),
@@ -201,10 +201,11 @@ def write_probabilities(path: Path, ids: Sequence[str], classes: Sequence[str], 
 def write_submission(path: Path, ids: Sequence[str], classes: Sequence[str], predicted: np.ndarray) -> None:
     """`ImageID,Labels`, the predicted classes joined by blanks."""
     labels = (" ".join(classes[c] for c in np.flatnonzero(row)) for row in predicted)
-    _write(path, ["ImageID", "Labels"], zip(ids, labels, strict=True))
+    write_csv(path, ["ImageID", "Labels"], zip(ids, labels, strict=True))
 
 
-def _write(path: Path, header: list[str], rows) -> None:
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
+    """UTF-8 with the header first; whole or not at all."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as building, building.open("w", newline="", encoding="utf-8") as file:

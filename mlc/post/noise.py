@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from sklearn.metrics import average_precision_score, precision_recall_curve
 
+from mlc.data.prediction_files import write_csv
 from mlc.data.soft_labels import aligned
 from mlc.post.label_errors import METHODS, errors, mean_errors, scores, suspects
-from mlc.post.tables import write_csv
 from shards.console import Parser, UserError, did_you_mean, say
 from shards.dataset import Dataset, Index, load_dataset, open_index
 from shards.files import disk_errors, whole

@@ -14,12 +14,13 @@ from rich.console import Console
 from rich.table import Table
 from sklearn.model_selection import KFold
 
+from mlc.data.prediction_files import write_csv
 from mlc.data.soft_labels import aligned
 from mlc.metrics import thresholds
 from mlc.metrics.multilabel import f1_samples, mean_average_precision
 from mlc.post.pseudo import at_least_one
 from mlc.post.second_level import INNER, TINY, Inputs, SecondLevel
-from mlc.post.tables import by_image, write_csv
+from mlc.post.tables import by_image
 from shards.console import Parser, UserError, progress, say
 from shards.dataset import Dataset, Index, load_dataset, open_index
 from shards.files import whole

@@ -1,7 +1,6 @@
-"""Tables of images: CSV files to write, and numbers about each image to read, from any of four kinds of file."""
+"""Numbers about each image, from any of four kinds of file."""
 
 import csv
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,19 +10,8 @@ from pyarrow import parquet
 
 from shards.console import UserError
 from shards.dataset import Index
-from shards.files import disk_errors, whole
 
 NAMES = ("image_id", "ImageID", "key")
-
-
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
-    """UTF-8 with the header first; whole or not at all."""
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as building, building.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
 
 
 def by_image(files: list[Path], index: Index, flag: str) -> np.ndarray | None:

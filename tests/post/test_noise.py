@@ -9,9 +9,9 @@ from indexes import CLASSES, make_index
 from sklearn.metrics import average_precision_score
 
 from mlc.data.filters import named, read_names
+from mlc.data.prediction_files import write_csv
 from mlc.post import noise
 from mlc.post.label_errors import errors, suspects
-from mlc.post.tables import write_csv
 from shards.console import run
 
 WRONG = {5: "dog", 17: "owl", 40: "cat", 93: "tag::a=b"}  # row -> the label that is there or not by mistake

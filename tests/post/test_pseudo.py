@@ -10,10 +10,10 @@ from conftest import TINY
 
 from mlc import train
 from mlc.data.overlay import open_overlay, write_overlay
+from mlc.data.prediction_files import write_csv
 from mlc.metrics import thresholds
 from mlc.post import pseudo, selftrain
 from mlc.post.pseudo import most_confident
-from mlc.post.tables import write_csv
 from shards.console import run as run_verb
 from shards.dataset import load_dataset, open_index
 

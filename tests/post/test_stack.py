@@ -9,10 +9,11 @@ from indexes import CLASSES, make_index
 from pyarrow import parquet
 from scipy.special import expit
 
+from mlc.data.prediction_files import write_csv
 from mlc.data.soft_labels import aligned
 from mlc.metrics.multilabel import mean_average_precision
 from mlc.post import stack
-from mlc.post.tables import by_image, write_csv
+from mlc.post.tables import by_image
 from shards.console import run
 
 ROWS = 240

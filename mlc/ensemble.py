@@ -31,10 +31,12 @@ from mlc.data.prediction_files import (
     write_submission,
 )
 from mlc.metrics import combine, multilabel, thresholds
+from mlc.metrics.threshold_search import Metric
 from shards.console import Parser, UserError, did_you_mean, say
+from shards.dataset import load_dataset
 from shards.files import disk_errors, whole
 
-METHODS = ("equal", "geometric", "rank", "tuned", "tuned-per-class", "greedy")
+METHODS = ("equal", "geometric", "rank", "tuned", "tuned-per-class", "tuned-per-group", "greedy")
 TUNED = METHODS[3:]
 FOLDS = 5  # of the honest score
 SHOWN = 6  # weights in a line of the table
@@ -54,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--weights {method} needs the truth: --data DIR --split S, or --truth CSV")
     rows = {}
     if target is not None:
-        rows = _table(options, files, answers.stack, target, method, weights)
+        rows = _table(options, files, answers, target, method, weights)
         _print(rows, options.metric, f"{len(answers.ids)} samples, {len(answers.classes)} classes")
         weights = rows[method]["weights"]
     scores = _combined(answers.stack, method, weights)
@@ -78,8 +80,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _refuse(options: Namespace, files: Sequence[Path], out: Path) -> None:
-    if len(files) < 2:
-        raise UserError(f"{files[0]}: one file is no ensemble; give at least two")
+    if len(files) < 2 and not (options.vote or options.union):
+        raise UserError(f"{files[0]}: one file is no ensemble; give two, or --vote --threshold T for its labels alone")
     for file in files:
         if files.count(file) > 1:
             raise UserError(f"{file} is named twice; --weights 2,1 gives it more weight")
@@ -95,6 +97,10 @@ def _refuse(options: Namespace, files: Sequence[Path], out: Path) -> None:
         raise UserError("--compare needs the truth: --data DIR --split S, or --truth CSV")
     if options.threshold == "tuned" and not (options.data or options.truth):
         raise UserError("--threshold tuned needs the truth: --data DIR --split S, or --truth CSV")
+    if options.weights == "tuned-per-group" and not (options.data and load_dataset(options.data).groups):
+        raise UserError("--weights tuned-per-group needs classes in groups: --data DIR, packed with a classes.yaml")
+    if options.metric != "map":
+        Metric.of(options.metric)
 
 
 def _asked(options: Namespace, answers: Answers) -> tuple[str, NDArray | None]:
@@ -163,32 +169,44 @@ def _combined(stack: NDArray, method: str, weights: NDArray | None) -> NDArray:
 
 
 def _table(
-    options: Namespace, files: Sequence[Path], stack: NDArray, target: NDArray, method: str, weights: NDArray | None
+    options: Namespace, files: Sequence[Path], answers: Answers, target: NDArray, method: str, weights: NDArray | None
 ) -> dict[str, dict[str, Any]]:
     """{name: metric and map, their honest values and the weights}: the files, their plain mean, and what is asked for;
     with --compare all methods."""
+    stack, groups = answers.stack, _groups(options, answers.classes)
     if stack.shape[1] < FOLDS or not target.any():
         raise UserError(f"{stack.shape[1]} samples with {int(target.sum())} labels are too few to score an ensemble by")
     rows = {}
-    for file, answers in zip(_names(files), stack, strict=True):
-        rows[file] = _row(options, answers[None], target, lambda stack, target: np.ones(1))
+    for file, scores in zip(_names(files), stack, strict=True):
+        rows[file] = _row(options, scores[None], target, lambda stack, target: np.ones(1))
         rows[file]["weights"] = None
-    for name in dict.fromkeys(["equal", *(METHODS if options.compare else ()), method]):
+    compared = [name for name in METHODS if groups or name != "tuned-per-group"] if options.compare else []
+    for name in dict.fromkeys(["equal", *compared, method]):
         own = stack
         if name == "geometric":
             own = combine.geometric(stack)[None]
         elif name == "rank":
             own = combine.ranks(stack)
-        rows[name] = _row(options, own, target, _fit(name, weights, options.metric))
+        rows[name] = _row(options, own, target, _fit(name, weights, options.metric, groups))
         rows[name]["weights"] = rows[name]["weights"] if name in (*TUNED, "given") else None
     return rows
 
 
-def _fit(method: str, weights: NDArray | None, metric: str) -> combine.Fit:
+def _groups(options: Namespace, classes: Sequence[str]) -> list[list[int]]:
+    """The columns of each group of --data."""
+    if not options.data:
+        return []
+    place = {name: number for number, name in enumerate(classes)}
+    return [[place[name] for name in names] for names in load_dataset(options.data).groups.values()]
+
+
+def _fit(method: str, weights: NDArray | None, metric: str, groups: list[list[int]]) -> combine.Fit:
     if method == "tuned":
         return combine.tuned
     if method == "tuned-per-class":
         return combine.tuned_per_class
+    if method == "tuned-per-group":
+        return partial(combine.tuned_per_group, groups=groups)
     if method == "greedy":
         return partial(combine.greedy, metric=metric)
     return lambda stack, target: np.full(len(stack), 1 / len(stack)) if weights is None else weights
@@ -253,7 +271,7 @@ def _sets(options: Namespace, files: Sequence[Path], out: Path) -> int:
     target = read_truth(options, answers)
     equal = np.full(len(files), 1 / len(files))
     weights = equal if options.weights == "equal" else _numbers(options.weights, len(files))
-    if options.vote and weights.max() > options.share >= 1 - weights.max():
+    if options.vote and len(files) > 1 and weights.max() > options.share >= 1 - weights.max():
         say(f"note: {files[int(weights.argmax())]} has {weights.max():.3f} of the weight and decides alone")
     chosen = answers.stack.any(0) if options.union else combine.vote(answers.stack, weights, options.share)
     if target is not None:
@@ -318,6 +336,7 @@ def _parser() -> Parser:
         "  mlc ensemble a-oof.csv b-oof.csv --weights tuned --compare --data DIR --split train --out oof.csv\n"
         "  mlc ensemble a.csv b.csv --weights oof-weights.json --threshold oof-thresholds.json --out test.csv\n"
         "  mlc ensemble --vote s1.csv s2.csv s3.csv --weights 0.90125,0.9009,0.885 --out submission.csv\n"
+        "  mlc ensemble --vote stack/test.csv --threshold stack/thresholds.json --out submission.csv\n"
         "  mlc ensemble --union image.csv text.csv --threshold 0.8,0.4 --out submission.csv",
     )
     add = parser.add_argument
@@ -330,8 +349,8 @@ def _parser() -> Parser:
         default="equal",
         metavar="W",
         help="0.9,0.8: of each file, in their order; equal (default), geometric, rank: means of equals; with a truth "
-        "tuned (one weight per file, least cross-entropy), tuned-per-class, greedy (hill climbing on --metric); or the "
-        "NAME-weights.json of an earlier call",
+        "tuned (one weight per file, least cross-entropy), tuned-per-class, tuned-per-group, greedy (hill climbing on "
+        "--metric); or the NAME-weights.json of an earlier call",
     )
     add("--vote", action="store_true", help="labels that have more than --share of the weight, from label sets")
     add("--union", action="store_true", help="labels that any file has, each above its own --threshold")
@@ -345,9 +364,9 @@ def _parser() -> Parser:
     add_truth_flags(parser)
     add(
         "--metric",
-        choices=combine.METRICS,
         default="f1_samples",
-        help="what greedy climbs and the table shows (default: f1_samples, at its best threshold)",
+        help="what greedy climbs and the table shows: map, or any F-beta at its best threshold, f2_samples, f1_micro "
+        "(default: f1_samples)",
     )
     add("--compare", action="store_true", help="table of all kinds of weights; greedy takes a while on large files")
     return parser

@@ -39,6 +39,7 @@ from shards.tar import file_sha256
 
 OWN = ("fold", "resume", "resume_weights_only", "dry_run")  # settings that it gives each training itself
 TEACHERS = ("kd_teacher", "load", "load_text", "load_combine")  # models that may have seen the samples held out
+WITH_FOLD = (*TEACHERS, "pretrained_path")  # {fold} in them is the number of the fold
 RECORD = "made-from.json"  # beside the predictions of a fold
 
 
@@ -47,12 +48,13 @@ def main(argv: list[str] | None = None) -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("start `mlc kfold` plainly; --launch NAME starts each of its trainings by `accelerate launch`")
     settings = _settings(rest)
-    first = Config(**settings | {"fold": 0})
+    first = Config(**_of_fold(settings, 0))
     sources = check(first)
     index = open_split(sources.dataset, first.train_split, labelled=True)
     folds = _folds(options, sources.dataset, index, first)
     runs = [_run(settings, first, fold) for fold in range(folds)]
     _refuse_leaks(first, sources, index)
+    _note_teachers(settings)
     _refuse_others(options, first, sources.dataset)
     for run in runs:
         refuse_other_settings(run)
@@ -94,9 +96,18 @@ def _name(config: Config) -> str:
 
 
 def _run(settings: dict[str, Any], first: Config, fold: int) -> Run:
-    own = {"fold": fold, "experiment": f"{_name(first)}-fold{fold}", "resume": "auto", "dry_run": False}
-    config = Config(**settings | own)
+    own = {"experiment": f"{_name(first)}-fold{fold}", "resume": "auto", "dry_run": False}
+    config = Config(**_of_fold(settings, fold) | own)
     return Run(f"fold{fold}", config.seed, config, ())
+
+
+def _of_fold(settings: dict[str, Any], fold: int) -> dict[str, Any]:
+    """What begins from another model begins from the one that has not seen these samples either."""
+    named = {name: settings[name] for name in WITH_FOLD if name in settings}
+    for name, value in named.items():
+        parts = [part.replace("{fold}", str(fold)) for part in (value if isinstance(value, list) else [value])]
+        named[name] = parts if isinstance(value, list) else parts[0]
+    return settings | named | {"fold": fold}
 
 
 def _folds(options: Namespace, dataset: Dataset, index: Index, config: Config) -> int:
@@ -130,10 +141,14 @@ def _refuse_leaks(config: Config, sources: Sources, index: Index) -> None:
                 f"--data {text} has {len(odd)} images of {config.data[0]} too, such as {rows.index.image_id(odd[0])}: "
                 "the model that is asked about them would have seen them; leave them out, or give them the same folds"
             )
+
+
+def _note_teachers(settings: dict[str, Any]) -> None:
     for name in TEACHERS:
-        if value := getattr(config, name):
-            shown = " ".join(value) if isinstance(value, list) else value
-            say(f"note: {flag(name)} {shown} may have seen the samples that are held out, and no file can tell")
+        value = settings.get(name) or []
+        for teacher in value if isinstance(value, list) else [value]:
+            if "{fold}" not in teacher:
+                say(f"note: {flag(name)} {teacher} may have seen the samples that are held out, and no file can tell")
 
 
 def _refuse_others(options: Namespace, config: Config, dataset: Dataset) -> None:
@@ -262,12 +277,14 @@ def _parser() -> Parser:
         usage="mlc kfold [flags] [any flags of mlc train]",
         description="Trains a model for each fold of the data on the other folds (NAME-fold0, NAME-fold1, ...), and "
         "predicts each\ntraining sample by the model that has not seen it: NAME-kfold/oof.csv. The same command goes "
-        "on with what is\nnot finished.",
+        "on with what is\nnot finished. In --pretrained-path, --load... and --kd-teacher, {fold} is the number of the "
+        "fold.",
         epilog="examples:\n"
         "  mlc pack --csv train.csv --images images --folds 5 --out data/shards\n"
         "  mlc kfold -c demo --data data/shards --experiment demo --folds 5 --predict test\n"
         "  mlc kfold -c demo --data data/shards --experiment demo --jobs 2       # a GPU each\n"
-        "  mlc kfold -c demo --data data/shards --experiment demo --slurm='--gpus 1 --time 4:00:00'",
+        "  mlc kfold -c demo --data data/shards --experiment demo --slurm='--gpus 1 --time 4:00:00'\n"
+        "  mlc kfold -c demo --data data/shards --experiment more --pretrained-path 'runs/demo-fold{fold}/last'",
     )
     add = parser.add_argument
     add("--folds", type=_positive, metavar="K", help="as in `mlc pack --folds` (default: what the data has)")

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from sklearn.metrics import fbeta_score
 
 from mlc import ensemble
 from mlc.data.prediction_files import read_stack, write_probabilities, write_submission
 from mlc.metrics import combine, multilabel
 from shards.console import run as run_verb
+from shards.dataset import load_dataset, open_index
 
 CLASSES = ["cat", "dog", "10", "9"]
 IDS = [f"{number}.jpg" for number in range(40)]
@@ -133,7 +135,9 @@ def test_compare_shows_all_kinds_and_the_honest_best(world, tmp_path, capsys):
     argv = ["a.csv", "b.csv", "c.arrow", "--truth", "truth.csv", "--compare", "--metric", "f1_micro"]
     assert call(tmp_path, *out(tmp_path, *argv)) == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in (*ensemble.METHODS, "a.csv", "b.csv", "c.arrow", "best honest f1_micro"))
+    methods = [name for name in ensemble.METHODS if name != "tuned-per-group"]  # there are no groups
+    assert all(name in shown for name in (*methods, "a.csv", "b.csv", "c.arrow", "best honest f1_micro"))
+    assert "tuned-per-group" not in shown
     np.testing.assert_allclose(
         table(tmp_path / "out.csv"), np.mean([world[n] for n in "abc"], axis=0), atol=1e-6
     )  # what was asked for: equal
@@ -244,6 +248,7 @@ def other_classes(tables, tmp_path):
         (other_truth, ["--truth", "truth.csv"], "label 'dogg' is no class of the predictions; did you mean dog?"),
         (short_truth, ["--truth", "truth.csv"], "truth.csv has no labels for 2 of 40 predictions, such as 0.jpg"),
         (empty_truth, ["--truth", "truth.csv"], "0 labels are too few"),
+        (None, ["--truth", "truth.csv", "--metric", "f3"], "'f3' is no metric"),
         (None, ["--wieghts", "equal"], "did you mean --weights?"),
     ],
 )
@@ -262,15 +267,51 @@ def test_mistakes_are_one_line_and_write_nothing(world, tmp_path, capsys, change
 
 def test_one_file_and_the_output_among_the_files_are_refused(world, tmp_path, capsys):
     assert call(tmp_path, *out(tmp_path, "a.csv")) == 2
-    assert "one file is no ensemble" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "one file is no ensemble; give two, or --vote --threshold T for its labels alone" in said
     before = (tmp_path / "a.csv").read_bytes()
     assert call(tmp_path, "a.csv", "b.csv", "--out", "a.csv") == 2
     assert "is one of the files" in capsys.readouterr().err and (tmp_path / "a.csv").read_bytes() == before
 
 
-def test_the_truth_of_a_packed_data_set(shards, tmp_path, capsys):
-    from shards.dataset import load_dataset, open_index
+def test_the_vote_of_one_file_is_its_submission(world, tmp_path, capsys):
+    assert call(tmp_path, *out(tmp_path, "--vote", "a.csv", "--threshold", "0.45")) == 0
+    np.testing.assert_array_equal(labels(tmp_path / "out.csv"), world["a"] > np.float32(0.45))
+    assert "decides alone" not in capsys.readouterr().err
 
+
+def test_any_fbeta_scores_an_ensemble(world, tmp_path, capsys):
+    argv = ["a.csv", "b.csv", "--truth", "truth.csv", "--weights", "greedy", "--threshold", "tuned"]
+    assert call(tmp_path, *out(tmp_path, *argv, "--metric", "f2_samples")) == 0
+    assert "best honest f2_samples" in capsys.readouterr().out
+    scores = table(tmp_path / "out.csv")
+    tuned = json.loads((tmp_path / "out-thresholds.json").read_text())
+    every = [fbeta_score(world["truth"], scores > t, beta=2, average="samples") for t in np.unique(scores)]
+    assert tuned["metric"] == "f2_samples" and tuned["value"] == pytest.approx(max(every))
+
+
+def test_weights_of_each_group_of_a_packed_data_set(shards, tmp_path, capsys):
+    dataset = load_dataset(shards)
+    index = open_index(dataset, "val")
+    target = index.targets(np.arange(len(index))) > 0.5
+    ids, classes = index.batch.column("image_id").to_pylist(), dataset.classes[::-1]
+    known, rest = next(iter(dataset.groups)), np.full(target.shape, 0.5, np.float32)
+    good = np.where(target, 0.9, 0.1)[:, ::-1].astype(np.float32)
+    mine = np.array([name in dataset.groups[known] for name in classes])
+    write_probabilities(tmp_path / "a.csv", ids, classes, np.where(mine, good, rest))  # knows one group
+    write_probabilities(tmp_path / "b.csv", ids, classes, np.where(mine, rest, good))  # and this one the others
+    argv = ["a.csv", "b.csv", "--data", str(shards), "--weights", "tuned-per-group"]
+    assert call(tmp_path, *out(tmp_path, *argv)) == 0
+    weights = json.loads((tmp_path / "out-weights.json").read_text())["weights"]
+    for name, pair in weights.items():
+        assert pair == pytest.approx([name in dataset.groups[known], name not in dataset.groups[known]], abs=1e-6)
+    scores = read_stack([tmp_path / "out.csv"]).stack[0]
+    np.testing.assert_allclose(scores, good, atol=1e-5)
+    assert call(tmp_path, *out(tmp_path, "a.csv", "b.csv", "--weights", "tuned-per-group")) == 2
+    assert "--weights tuned-per-group needs classes in groups" in capsys.readouterr().err
+
+
+def test_the_truth_of_a_packed_data_set(shards, tmp_path, capsys):
     dataset = load_dataset(shards)
     index = open_index(dataset, "val")
     rows = np.arange(len(index))

@@ -189,6 +189,22 @@ def test_an_image_that_another_data_set_shows_is_a_leak(folded, demo_csv, tmp_pa
         assert (f"--data {data} has" in said and "would have seen them" in said) == (code == 2)
 
 
+def test_each_fold_may_begin_from_its_own_earlier_model(finished, folded, tmp_path, monkeypatch, capsys):
+    """`{fold}`: the model of the same fold has not seen the samples that are held out, so there is nothing to note."""
+    monkeypatch.setattr(jobs, "work", lambda given, **how: {job.folder: "not now" for job in given})
+    own = ["--pretrained-path", str(finished / "demo-fold{fold}" / "best")]
+    own += ["--kd-teacher", str(finished / "demo-fold{fold}"), "--kd-alpha", "0.5"]
+    assert run_verb(kfold.main, argv(folded, tmp_path, *own)) == 1
+    assert "may have seen" not in capsys.readouterr().err
+    for fold in (0, 1):
+        settings = read_config(["-c", str(tmp_path / f"demo-fold{fold}" / jobs.SETTINGS)])
+        assert settings.pretrained_path == str(finished / f"demo-fold{fold}" / "best")
+        assert settings.kd_teacher == [str(finished / f"demo-fold{fold}")] and settings.fold == fold
+    other = ["--kd-teacher", str(finished / "demo-fold0")]
+    assert run_verb(kfold.main, argv(folded, tmp_path / "other", *other)) == 1
+    assert "demo-fold0 may have seen the samples that are held out" in capsys.readouterr().err
+
+
 def test_the_array_has_a_task_for_each_unfinished_fold(finished, folded, tmp_path, monkeypatch, capsys):
     runs = tmp_path / "runs"
     shutil.copytree(finished, runs)

@@ -6,7 +6,7 @@ Answers are a stack [M, N, C]: models, samples, classes. Weights are [M], or [M,
 over the models.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,9 +14,9 @@ from scipy.optimize import minimize
 from scipy.stats import rankdata
 
 from mlc.metrics import multilabel
+from mlc.metrics.threshold_search import Metric
 from mlc.metrics.thresholds import best_global_threshold
 
-METRICS = ("f1_samples", "f1_micro", "f1_macro", "map")
 PRIOR = 10.0  # a class's own weights count as if so many samples more had spoken for those of all classes
 ROUNDS = 50  # of the greedy search; it ends PATIENCE rounds after its best
 PATIENCE = 10
@@ -86,11 +86,19 @@ def tuned_per_class(stack: NDArray, target: NDArray, prior: float = PRIOR) -> ND
     return np.stack([_least(stack[:, :, [c]], target[:, [c]], together, prior) for c in columns], axis=1)
 
 
+def tuned_per_group(stack: NDArray, target: NDArray, groups: Iterable[Sequence[int]]) -> NDArray[np.float64]:
+    """[M, C]: `tuned` for each group of columns by itself; the columns of no group have the weights of all classes."""
+    weights = np.repeat(tuned(stack, target)[:, None], stack.shape[2], axis=1)
+    for columns in map(list, groups):
+        weights[:, columns] = tuned(stack[:, :, columns], target[:, columns])[:, None]
+    return weights
+
+
 def greedy(stack: NDArray, target: NDArray, metric: str = "f1_samples") -> NDArray[np.float64]:
     """[M]: from nothing, always add the model that gives the best `metric` of the mean, the same one as often as it is
     the best; the weights are the counts at the best moment (Caruana et al. 2004, "Ensemble selection").
 
-    An F1 is that at its best single threshold.
+    An F-beta is that at its best single threshold.
     """
     counts, kept, best = np.zeros(len(stack)), np.ones(len(stack)), -1.0
     total = np.zeros(stack.shape[1:], np.float32)
@@ -141,7 +149,7 @@ def _least(stack: NDArray, target: NDArray, towards: NDArray, prior: float = 0.0
 
 
 def value(scores: NDArray, target: NDArray, metric: str) -> float:
-    """One of METRICS; an F1 is that at its best single threshold."""
+    """`map`, or any F-beta (`f2_samples`) at its best single threshold."""
     if metric == "map":
         return multilabel.mean_average_precision(scores, target)
     return best_global_threshold(scores, target, metric)[1]
@@ -165,5 +173,10 @@ def cross_fitted(
         for metric, predicted in decided.items():
             threshold = best_global_threshold(known, target[others], metric)[0]
             predicted[own] = scores[own] > np.float32(threshold)
-    f1 = {metric: getattr(multilabel, metric)(predicted, target) for metric, predicted in decided.items()}
-    return {metric: f1[metric] if metric in f1 else value(scores, target, metric) for metric in metrics}
+    found = {metric: _fbeta(predicted, target, metric) for metric, predicted in decided.items()}
+    return {metric: found[metric] if metric in found else value(scores, target, metric) for metric in metrics}
+
+
+def _fbeta(predicted: NDArray, target: NDArray, name: str) -> float:
+    metric = Metric.of(name)
+    return multilabel.fbeta(predicted, target, average=metric.average, beta=metric.beta)

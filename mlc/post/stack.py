@@ -25,6 +25,8 @@ from shards.console import Parser, UserError, progress, say
 from shards.dataset import Dataset, Index, load_dataset, open_index
 from shards.files import whole
 
+LISTED = 12  # classes named in a line
+
 
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
@@ -159,8 +161,9 @@ def _show(result: dict, images: int) -> None:
     console.print(table)
     gain = result["f1_gain"]
     console.print(f"F1 samples of the stack less that of the mean: {gain['mean']:+.4f}, sd over folds {gain['sd']:.4f}")
-    if result["not_learnt"]:
-        console.print(f"not learnt, no or every image has them: {', '.join(result['not_learnt'])}", markup=False)
+    if left := result["not_learnt"]:
+        more = f" and {len(left) - LISTED} more (stack.json)" if len(left) > LISTED else ""
+        console.print(f"not learnt, no or every image has them: {', '.join(left[:LISTED])}{more}", markup=False)
 
 
 def _parser() -> Parser:

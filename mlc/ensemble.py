@@ -6,7 +6,6 @@ files themselves and their plain mean stand beside it: often the plain mean is a
 """
 
 import json
-import math
 import os
 from argparse import Namespace
 from collections.abc import Sequence
@@ -19,22 +18,15 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from mlc.data.prediction_files import (
-    Answers,
-    add_truth_flags,
-    is_submission,
-    read_sets,
-    read_stack,
-    read_truth,
-    truth_classes,
-    write_probabilities,
-    write_submission,
-)
+from mlc.data.prediction_files import is_submission, write_probabilities, write_submission
+from mlc.data.prediction_stack import Stack, read_sets, read_stack, target_of_split, target_of_table
+from mlc.data.truth import read_labels
 from mlc.metrics import combine, multilabel, thresholds
 from mlc.metrics.threshold_search import Metric
 from shards.console import Parser, UserError, did_you_mean, say
 from shards.dataset import load_dataset
 from shards.files import disk_errors, whole
+from shards.table import found_classes
 
 METHODS = ("equal", "geometric", "rank", "tuned", "tuned-per-class", "tuned-per-group", "greedy")
 TUNED = METHODS[3:]
@@ -48,30 +40,30 @@ def main(argv: list[str] | None = None) -> int:
     _refuse(options, files, out)
     if options.vote or options.union:
         return _sets(options, files, out)
-    rule = _rule(options.threshold) if options.threshold not in (None, "tuned") else None
-    answers = read_stack(files)
-    target = read_truth(options, answers)
-    method, weights = _asked(options, answers)
+    rule = thresholds.rule_of(options.threshold) if options.threshold not in (None, "tuned") else None
+    stack = read_stack(files)
+    ids, classes, target = stack.ids.to_pylist(), stack.classes, _target(options, stack)
+    method, weights = _asked(options, stack)
     if method in TUNED and target is None:
         raise UserError(f"--weights {method} needs the truth: --data DIR --split S, or --truth CSV")
     rows = {}
     if target is not None:
-        rows = _table(options, files, answers, target, method, weights)
-        _print(rows, options.metric, f"{len(answers.ids)} samples, {len(answers.classes)} classes")
+        rows = _table(options, files, stack, target, method, weights)
+        _print(rows, options.metric, f"{len(ids)} samples, {len(classes)} classes")
         weights = rows[method]["weights"]
-    scores = _combined(answers.stack, method, weights)
-    write_probabilities(out, answers.ids, answers.classes, scores)
+    scores = _combined(stack.values, method, weights)
+    write_probabilities(out, ids, classes, scores)
     written = [out]
     if target is not None:
         if weights is not None:
             written.append(_beside(out, "weights.json"))
-            _write_weights(written[-1], files, answers.classes, method, weights, rows[method])
+            _write_weights(written[-1], files, classes, method, weights, rows[method])
         written.append(_beside(out, "thresholds.json"))
         tuned = _tune(written[-1], options.metric, scores, target)
         rule = tuned if options.threshold == "tuned" else rule
     if rule:
         written.append(_beside(out, "submission.csv"))
-        write_submission(written[-1], answers.ids, answers.classes, thresholds.apply(scores, rule, answers.classes))
+        write_submission(written[-1], ids, classes, thresholds.apply(scores, rule, classes))
     say(f"{len(files)} files, {method}: {', '.join(map(str, written))}")
     return 0
 
@@ -93,6 +85,8 @@ def _refuse(options: Namespace, files: Sequence[Path], out: Path) -> None:
         raise UserError(f"--share {options.share:g}: expected a part of the weight, from 0 to below 1")
     if out.suffix.lower() not in (".csv", ".arrow"):
         raise UserError(f"--out {out}: expected a name that ends in .csv or .arrow")
+    if options.data and options.truth:
+        raise UserError("give --data or --truth, not both")
     if options.compare and not (options.data or options.truth):
         raise UserError("--compare needs the truth: --data DIR --split S, or --truth CSV")
     if options.threshold == "tuned" and not (options.data or options.truth):
@@ -103,14 +97,14 @@ def _refuse(options: Namespace, files: Sequence[Path], out: Path) -> None:
         Metric.of(options.metric)
 
 
-def _asked(options: Namespace, answers: Answers) -> tuple[str, NDArray | None]:
+def _asked(options: Namespace, stack: Stack) -> tuple[str, NDArray | None]:
     """(method, weights [M] or [M, C] where they are given)."""
     text = options.weights
     if text in METHODS:
         return text, None
     if text.endswith(".json"):
-        return _read_weights(Path(text), answers)
-    return "given", _numbers(text, len(answers.stack))
+        return _read_weights(Path(text), stack)
+    return "given", _numbers(text, len(stack.values))
 
 
 def _numbers(text: str, models: int) -> NDArray:
@@ -143,20 +137,24 @@ def _rules(options: Namespace, files: Sequence[Path]) -> list[dict | None]:
         raise UserError(
             f"--threshold {options.threshold}: {len(parts)} for {len(files)} files; one for each, or for all"
         )
-    return [_rule(part) for part in (parts * len(files) if len(parts) == 1 else parts)]
+    return [thresholds.rule_of(part) for part in (parts * len(files) if len(parts) == 1 else parts)]
 
 
-def _rule(text: str) -> dict:
-    """The content of a thresholds.json, or one made of a number."""
-    if text.endswith(".json"):
-        return thresholds.load(text)
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise UserError(f"--threshold {text}: expected a number, a thresholds.json or `tuned`")
-    return {"metric": None, "global": number, "value": None}
+# ---- truth -----------------------------------------------------------------------------------------------------------
+
+
+def _target(options: Namespace, stack: Stack) -> NDArray[np.bool_] | None:
+    """[N, C] of the images of the stack; None where no truth is given."""
+    if options.truth:
+        return target_of_table(stack, Path(options.truth))
+    return target_of_split(stack, options.data, options.split) if options.data else None
+
+
+def _true_classes(options: Namespace) -> Sequence[str]:
+    """The classes of --data, or the labels in --truth; none without either."""
+    if options.data:
+        return load_dataset(options.data).classes
+    return found_classes(row.labels for row in read_labels(Path(options.truth))) if options.truth else ()
 
 
 # ---- probabilities ---------------------------------------------------------------------------------------------------
@@ -169,11 +167,11 @@ def _combined(stack: NDArray, method: str, weights: NDArray | None) -> NDArray:
 
 
 def _table(
-    options: Namespace, files: Sequence[Path], answers: Answers, target: NDArray, method: str, weights: NDArray | None
+    options: Namespace, files: Sequence[Path], answers: Stack, target: NDArray, method: str, weights: NDArray | None
 ) -> dict[str, dict[str, Any]]:
     """{name: metric and map, their honest values and the weights}: the files, their plain mean, and what is asked for;
     with --compare all methods."""
-    stack, groups = answers.stack, _groups(options, answers.classes)
+    stack, groups = answers.values, _groups(options, answers.classes)
     if stack.shape[1] < FOLDS or not target.any():
         raise UserError(f"{stack.shape[1]} samples with {int(target.sum())} labels are too few to score an ensemble by")
     rows = {}
@@ -267,18 +265,18 @@ def _sets(options: Namespace, files: Sequence[Path], out: Path) -> int:
     if options.threshold == "tuned":
         raise UserError("--threshold tuned is for a mean; tune each file by itself and give its thresholds here")
     rules = [None if is_submission(file) else rule for file, rule in zip(files, _rules(options, files), strict=True)]
-    answers = read_sets(files, rules, truth_classes(options))
-    target = read_truth(options, answers)
+    stack = read_sets(files, rules, _true_classes(options))
+    target = _target(options, stack)
     equal = np.full(len(files), 1 / len(files))
     weights = equal if options.weights == "equal" else _numbers(options.weights, len(files))
     if options.vote and len(files) > 1 and weights.max() > options.share >= 1 - weights.max():
         say(f"note: {files[int(weights.argmax())]} has {weights.max():.3f} of the weight and decides alone")
-    chosen = answers.stack.any(0) if options.union else combine.vote(answers.stack, weights, options.share)
+    chosen = stack.values.any(0) if options.union else combine.vote(stack.values, weights, options.share)
     if target is not None:
-        for name, sets in [*zip(_names(files), answers.stack, strict=True), ("together", chosen)]:
+        for name, sets in [*zip(_names(files), stack.values, strict=True), ("together", chosen)]:
             parts = {kind: multilabel.fbeta(sets, target, average=kind) for kind in ("samples", "micro", "macro")}
             print(f"{name}: " + ", ".join(f"f1_{kind} {value:.4f}" for kind, value in parts.items()))
-    write_submission(out, answers.ids, answers.classes, chosen)
+    write_submission(out, stack.ids.to_pylist(), stack.classes, chosen)
     say(f"{len(files)} label sets, {chosen.sum(1).mean():.2f} labels per image: {out}")
     return 0
 
@@ -310,18 +308,18 @@ def _write_weights(
         building.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def _read_weights(path: Path, answers: Answers) -> tuple[str, NDArray]:
+def _read_weights(path: Path, stack: Stack) -> tuple[str, NDArray]:
     try:
         content = json.loads(path.read_text())
         each, files = content["weights"], content["files"]
         named = isinstance(each, dict)
-        if named and set(each) != set(answers.classes):
-            odd = sorted(set(each) ^ set(answers.classes))[0]
+        if named and set(each) != set(stack.classes):
+            odd = sorted(set(each) ^ set(stack.classes))[0]
             raise UserError(f"--weights {path}: it or the predictions have no class {odd!r}; tune on the same classes")
-        weights = np.array([each[name] for name in answers.classes] if named else each, np.float64).T
+        weights = np.array([each[name] for name in stack.classes] if named else each, np.float64).T
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--weights {path} cannot be read as what `mlc ensemble` wrote: {error}") from None
-    if weights.shape[:1] != answers.stack.shape[:1]:
+    if weights.shape[:1] != stack.values.shape[:1]:
         raise UserError(f"--weights {path} is for {len(files)} files ({', '.join(files)}); give as many, in that order")
     return "given", _shares(weights, str(path))
 
@@ -361,7 +359,9 @@ def _parser() -> Parser:
         help="write a submission: a number, a thresholds.json, or tuned (on the truth); with --vote and --union one "
         "for each file of probabilities, comma-separated, or one for all",
     )
-    add_truth_flags(parser)
+    add("--data", help="packed data set with the true labels: a folder or a URL")
+    add("--split", default="val", help="split of --data (default: val)")
+    add("--truth", metavar="CSV", help="true labels, ImageID,Labels as `mlc pack` reads them")
     add(
         "--metric",
         default="f1_samples",

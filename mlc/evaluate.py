@@ -10,8 +10,8 @@ import numpy as np
 
 from mlc.batch_size import in_prediction
 from mlc.captions import captions_of
-from mlc.data.dataset import BadSamples
 from mlc.data.loader import readers
+from mlc.data.prediction_files import write_probabilities
 from mlc.inference import tta_views
 from mlc.metrics import bootstrap, multilabel, thresholds
 from mlc.metrics.scorecard import Scorecard
@@ -24,7 +24,6 @@ from mlc.predict import (
     open_rows,
     predict,
     weights_folder,
-    write_probabilities,
 )
 from mlc.report.plots import contact_sheet
 from mlc.scores import count, finite, print_metrics
@@ -53,10 +52,8 @@ def main(argv: list[str] | None = None) -> None:
         reader,
         rows,
         accelerator,
-        batch_size=options.batch_size,
-        workers=options.workers,
+        options,
         views=views,
-        bad=BadSamples(options.max_bad_samples),
         captions=captions_of(weights, info, reader),
         features=features_of(options, [info], reader, rows),
         title=f"evaluate {options.split}",

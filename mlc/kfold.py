@@ -17,16 +17,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
 from mlc import jobs, predict, slurm
 from mlc.config import Config, flag
-from mlc.data.prediction_files import write_probabilities
+from mlc.data.prediction_files import places, read_predictions, refuse_repeats, write_probabilities
 from mlc.data.sampler import parse_data
-from mlc.data.soft_labels import read_predictions
 from mlc.data.sources import Sources, open_split
 from mlc.flags import read_flags, read_yaml
 from mlc.metrics import multilabel, thresholds
@@ -124,8 +122,7 @@ def _folds(options: Namespace, dataset: Dataset, index: Index, config: Config) -
             f"{where}: {len(outside)} of {len(index)} training samples are in no fold, such as "
             f"{names[int(outside[0])]}; `mlc pack --folds K` deals them all"
         )
-    if len(pc.unique(names)) < len(names):
-        raise UserError(f"{where}: two training samples have the same ImageID, so a file cannot tell them apart")
+    refuse_repeats(where, names)
     return dataset.folds
 
 
@@ -133,9 +130,9 @@ def _refuse_leaks(config: Config, sources: Sources, index: Index) -> None:
     """Raises UserError where a further data set has an image of the first one that is not held out with it."""
     names = index.batch.column("image_id")
     for text, rows in zip(config.data[1:], sources.sampler.sources[1:], strict=True):
-        places = pc.index_in(rows.index.batch.column("image_id"), value_set=names)
-        both = np.flatnonzero(places.is_valid().to_numpy(zero_copy_only=False))
-        theirs, ours = rows.index.fold[both], index.fold[pc.fill_null(places, 0).to_numpy()[both]]
+        place = places(rows.index.batch.column("image_id"), names)
+        both = np.flatnonzero(place >= 0)
+        theirs, ours = rows.index.fold[both], index.fold[place[both]]
         if len(odd := both[theirs != ours]):
             raise UserError(
                 f"--data {text} has {len(odd)} images of {config.data[0]} too, such as {rows.index.image_id(odd[0])}: "
@@ -238,12 +235,12 @@ def join(parts: Sequence[Path], index: Index, classes: Sequence[str]) -> NDArray
     for fold, part in enumerate(parts):
         ids, found = read_predictions(part, classes)
         rows = np.flatnonzero(index.fold == fold)
-        places = pc.index_in(names.take(pa.array(rows)), value_set=ids)
-        if places.null_count or len(ids) != len(rows):
+        place = places(names.take(pa.array(rows)), ids)
+        if (place < 0).any() or len(ids) != len(rows):
             raise UserError(
                 f"{part} has not the {len(rows)} samples of fold {fold}, each once; delete it and start again"
             )
-        scores[rows] = found[places.to_numpy()]
+        scores[rows] = found[place]
     assert not np.isnan(scores).any(), "a sample is in no part"
     return scores
 

@@ -17,8 +17,8 @@ from mlc.captions import Reading, decodes_images, model_inputs
 from mlc.config import Config
 from mlc.data.dataset import Batch
 from mlc.data.mixing import Mix
+from mlc.data.prediction_files import is_prediction_file
 from mlc.data.sampler import Sampler
-from mlc.data.soft_labels import is_prediction_file
 from mlc.models.features import FeaturePair
 from mlc.models.teacher import Teacher, open_teachers
 from mlc.optim.distill import combine, distill_loss, feature_loss, larger, soften, soften_probabilities

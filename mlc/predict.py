@@ -67,10 +67,8 @@ def main(argv: list[str] | None = None, load: Callable[[], tuple[torch.nn.Module
             reader,
             rows,
             accelerator,
-            batch_size=options.batch_size,
-            workers=options.workers,
+            options,
             views=views,
-            bad=BadSamples(options.max_bad_samples),
             captions=weights and captions_of(weights[numbers[0]], info, reader),
             features=features_of(options, [loaded[number][1] for number in numbers], reader, rows),
             title=f"predict {name}",
@@ -102,19 +100,19 @@ def main(argv: list[str] | None = None, load: Callable[[], tuple[torch.nn.Module
     accelerator.end_training()
 
 
-def predict(model, info, reader, rows, accelerator, **how) -> tuple[np.ndarray, np.ndarray]:
+def predict(model, info, reader, rows, accelerator, options, **how) -> tuple[np.ndarray, np.ndarray]:
     """`predict_each` for one model: (probabilities float32 [N, C], seen bool [N])."""
-    scores, seen = predict_each([model], info, reader, rows, accelerator, **how)
+    scores, seen = predict_each([model], info, reader, rows, accelerator, options, **how)
     return scores[0], seen
 
 
 def predict_each(
-    models, info, reader, rows, accelerator, *, batch_size, workers, views, bad, captions=None, features=None, title=""
+    models, info, reader, rows, accelerator, options, *, views, captions, features, title
 ) -> tuple[np.ndarray, np.ndarray]:
     """(probabilities float32 [M, N, C] of the rows int64 [N], averaged over the views and captions, seen bool [N]), the
-    same on every process. All models see the samples as `info` says.
+    same on every process. All models see the samples as `info` says; options: those of `add_compute_flags`.
 
-    Rows whose image could not be read are counted in `bad`, not seen, and NaN.
+    Rows whose image could not be read are not seen, and NaN; more than `--max-bad-samples` of them stop it.
     """
     config = info["pretrained_cfg"]
     transform = EvalTransform(
@@ -129,11 +127,11 @@ def predict_each(
         models,
         EvalDataset(reader, transform, rows, captions=captions, features=features, images=sees_images(info)),
         accelerator,
-        batch_size=batch_size,
-        workers=workers,
+        batch_size=options.batch_size,
+        workers=options.workers,
         mean=config["mean"],
         std=config["std"],
-        bad=bad,
+        bad=BadSamples(options.max_bad_samples),
         views=views,
         title=title,
     ):

@@ -16,20 +16,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mlc.answers import (
-    Truth,
-    is_submission,
-    labels_of,
-    predicted_classes,
-    probabilities_of,
-    submitted_classes,
-    truth_of_split,
-    truth_of_table,
-)
+from mlc.data.prediction_files import class_columns, is_submission, write_probabilities
+from mlc.data.truth import Truth, labels_of, probabilities_of, read_labels, truth_of_split, truth_of_table
 from mlc.metrics import bootstrap, calibration, thresholds
 from mlc.metrics.scorecard import LOWER_IS_BETTER, Scorecard
 from shards.console import Parser, UserError, say
-from shards.table import Columns
+from shards.table import Columns, found_classes
 
 AVERAGES = ("_samples", "_micro", "_macro", "_weighted")
 RATES = ("precision", "recall", "f1", "f2")
@@ -131,41 +123,34 @@ def _truth(options, files: list[Path]) -> Truth:
             "give the truth once: a CSV after the predictions, or --data DIR --split S of a packed data set"
         )
     if options.data:
-        return truth_of_split(options.data, options.split)
-    columns = Columns(options.id_column, options.labels_column, separator=options.label_separator)
-    known = next((predicted_classes(file) for file in files if not is_submission(file)), None)
+        return truth_of_split(options.data, options.split, where=options.where, fold=options.fold)
+    if options.where or options.fold is not None:
+        raise UserError("--fold and --where choose rows of --data; TRUTH has none")
     table = Path(options.truth)
-    if known is None:  # label sets everywhere: whatever occurs
-        known = tuple(sorted({*submitted_classes(files, Columns()), *submitted_classes([table], columns)}))
-    return truth_of_table(table, columns, known)
+    columns = Columns(options.id_column, options.labels_column, separator=options.label_separator)
+    if predictions := next((file for file in files if not is_submission(file)), None):
+        return truth_of_table(table, columns, class_columns(predictions), of=predictions)
+    rows = [*read_labels(table, columns), *(row for file in files for row in read_labels(file))]
+    return truth_of_table(table, columns, found_classes(row.labels for row in rows))  # whatever occurs
 
 
 def _answer(file: Path, truth: Truth, options) -> tuple[np.ndarray | None, np.ndarray]:
     """(probabilities or None, decisions), [N, C] each."""
     if is_submission(file):
         return None, labels_of(file, truth)
-    scores = probabilities_of(file, truth)
-    return scores, thresholds.apply(scores, _rule(options.threshold), truth.classes)
-
-
-def _rule(text: str) -> Mapping:
-    try:
-        return {"global": float(text)}
-    except ValueError:
-        return thresholds.load(text)
+    scores = probabilities_of([file], truth)
+    return scores, thresholds.apply(scores, thresholds.rule_of(options.threshold), truth.classes)
 
 
 def _calibrate(options, scores: np.ndarray, truth: Truth) -> dict[str, Any]:
     """Writes the calibrated file; {kind, file, temperature or None, ece and loss before and after}."""
-    from mlc.predict import write_probabilities
-
     file = Path(options.pred)
     out = Path(options.out) if options.out else file.with_name(f"{file.stem}.{options.calibrate}.csv")
     if out.resolve() == file.resolve():
         raise UserError(f"--out {out} is the file that is read; name another")
     made, curve = calibration.cross_fitted(options.calibrate, scores, truth.target, seed=options.seed)
     before, after = (Scorecard(values, values > 0.5, truth.target).at() for values in (scores, made))
-    write_probabilities(out, list(truth.ids), truth.classes, made)
+    write_probabilities(out, truth.ids.to_pylist(), truth.classes, made)
     found: dict[str, Any] = {"kind": options.calibrate, "file": str(out), "temperature": curve.temperature}
     for name in ("ece", "loss"):
         found[name] = [float(before[name][0]), float(after[name][0])]
@@ -252,6 +237,8 @@ def _parser() -> Parser:
     parser.add_argument("truth", nargs="?", help="CSV with the true labels, as for `mlc pack`")
     parser.add_argument("--data", help="packed data set with the true labels, in place of TRUTH")
     parser.add_argument("--split", default="val", help="split of --data (default: val)")
+    parser.add_argument("--fold", type=int, help="only the rows of this fold")
+    parser.add_argument("--where", default="", help="only the rows for which this is true: n_labels > 1")
     parser.add_argument("--threshold", default="0.5", help="a number or a thresholds.json (default: 0.5)")
     parser.add_argument(
         "--bootstrap", type=count, default=0, metavar="N", help="95 %% intervals from N draws of images"

@@ -24,7 +24,6 @@ from torch import Tensor
 from mlc.batch_size import in_prediction
 from mlc.captions import captions_of, reading_of
 from mlc.ckpt import export_weights
-from mlc.data.dataset import BadSamples
 from mlc.data.loader import readers
 from mlc.inference import tta_views
 from mlc.metrics import multilabel, thresholds
@@ -189,16 +188,12 @@ def _scorer(options: Namespace, model: torch.nn.Module, info: dict[str, Any], fo
     dataset, reader, rows = open_rows(options, labelled=True)
     if info["label_names"] != list(dataset.classes):
         raise UserError(f"{options.data} has other classes than the models; score on the data they were trained for")
-
     features = features_of(options, [info], reader, rows)
 
     def score(state: State) -> dict[str, float]:
         model.load_state_dict(state)
-        kwargs = {"batch_size": options.batch_size, "workers": options.workers, "views": tta_views("")}
-        bad = BadSamples(options.max_bad_samples)
-        kwargs |= {"captions": captions_of(folder, info, reader), "bad": bad, "title": "score"}
-        kwargs |= {"features": features}
-        scores, seen = predict(model, info, reader, rows, accelerator, **kwargs)
+        how = {"captions": captions_of(folder, info, reader), "features": features, "views": tta_views("")}
+        scores, seen = predict(model, info, reader, rows, accelerator, options, **how, title="score")
         return dict(multilabel.evaluate(scores[seen], reader.index.targets(rows[seen])))
 
     return score

@@ -7,31 +7,25 @@ fifth is the honest value, and the rule that is written is the one with the best
 import argparse
 import json
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from mlc.data.filters import select_rows
-from mlc.data.soft_labels import is_prediction_file, read_predictions
-from mlc.data.sources import open_split
+from mlc.data.truth import Truth, probabilities_of, truth_of_split, truth_of_table
 from mlc.metrics import thresholds
 from mlc.metrics.decision_rules import Setup, cross_fitted, fit, with_rest
 from mlc.metrics.multilabel import fbeta
 from mlc.metrics.threshold_search import Metric
 from mlc.report import threshold_curves
-from shards.console import Parser, UserError, did_you_mean, listed, progress, say
-from shards.dataset import load_dataset
+from shards.console import Parser, UserError, progress, say
 from shards.files import disk_errors, whole
-from shards.table import Columns, Problems, found_classes, read_classes, read_rows
+from shards.table import Columns, read_classes
 
 BEST = "best"  # --rule: the one with the best honest value
 
@@ -43,12 +37,13 @@ def main(argv: list[str] | None = None) -> int:
     # ---- What is true, what was predicted
     truth = _truth(options)
     files = [Path(name) for name in options.predictions] or [_own_predictions(options)]
-    scores = _scores(files, truth)
+    scores = probabilities_of(files, truth)
     if not truth.target.any():
         raise UserError(f"{truth.source}: no image has a label, so there is nothing to tune for")
     if len(scores) < options.folds:
         raise UserError(f"--folds {options.folds}: there are only {len(scores)} images")
-    setup = Setup(metric, truth.classes, truth.groups, options.shrink, options.min_positives)
+    groups = with_rest(truth.groups, len(truth.classes))
+    setup = Setup(metric, truth.classes, groups, options.shrink, options.min_positives)
     if options.rule != BEST and options.rule not in setup.rules:
         raise UserError(f"--rule {options.rule}: {truth.source} has no groups of classes; --classes FILE may name some")
     out = _out(options, truth)
@@ -87,89 +82,12 @@ def main(argv: list[str] | None = None) -> int:
 # ---- truth and predictions -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Truth:
-    """`ids` [N] unique, `target` bool [N, C], `groups` {name: columns} with every class once, or {}; `source` for
-    people."""
-
-    source: str
-    ids: pa.Array
-    classes: tuple[str, ...]
-    target: NDArray[np.bool_]
-    groups: Mapping[str, Sequence[int]]
-
-
 def _truth(options: Namespace) -> Truth:
-    return _truth_of_table(options) if options.truth else _truth_of_split(options)
-
-
-def _truth_of_split(options: Namespace) -> Truth:
-    dataset = load_dataset(options.data)
-    index = open_split(dataset, options.split, labelled=True)
-    rows = select_rows(index, dataset.classes, where=options.where, fold=options.fold)
-    rows = np.arange(len(index)) if rows is None else rows
-    source, ids = f"{options.data}, split {options.split}", index.batch.column("image_id").take(pa.array(rows))
-    groups = with_rest(dataset.group_columns, len(dataset.classes))
-    return Truth(source, _unique(source, ids), dataset.classes, index.targets(rows) > 0.5, groups)
-
-
-def _truth_of_table(options: Namespace) -> Truth:
-    file, problems = Path(options.truth), Problems()
-    rows = read_rows(file, Columns(separator=options.label_separator), problems, need_labels=True)
-    if problems:
-        raise UserError(f"{file}: {len(problems)} bad rows:\n{listed(problems.lines())}")
-    classes, groups = found_classes(row.labels for row in rows), {}
-    if options.classes:
-        classes, groups = read_classes(Path(options.classes))
-    column = {name: number for number, name in enumerate(classes)}
-    target = np.zeros((len(rows), len(classes)), bool)
-    for place, row in enumerate(rows):
-        for label in row.labels:
-            if label not in column:
-                raise UserError(
-                    f"{file} line {row.line}: label {label!r} is not in {options.classes}{did_you_mean(label, classes)}"
-                )
-            target[place, column[label]] = True
-    columns = {group: [column[name] for name in names] for group, names in groups.items()}
-    ids = _unique(str(file), pa.array([row.image_id for row in rows], pa.large_string()))
-    return Truth(str(file), ids, classes, target, with_rest(columns, len(classes)))
-
-
-def _unique(source: str, ids: pa.Array) -> pa.Array:
-    if len(pc.unique(ids)) < len(ids):
-        counted = pc.value_counts(ids)
-        often = counted.filter(pc.greater(counted.field("counts"), 1))[0]["values"].as_py()
-        raise UserError(f"{source}: image {often} comes more than once, so rows cannot be matched by name")
-    return ids
-
-
-def _scores(files: Sequence[Path], truth: Truth) -> NDArray[np.float32]:
-    """[N, C] in the order of the truth: the rows of several files together, such as one for each fold."""
-    scores = np.empty(truth.target.shape, np.float32)
-    seen = np.full(len(scores), -1)
-    for number, file in enumerate(files):
-        if not is_prediction_file(str(file)):
-            raise UserError(f"{file}: predictions are a .csv or .arrow file, as `mlc predict` writes them")
-        ids, found = read_predictions(file, truth.classes)
-        place = pc.index_in(truth.ids, value_set=ids)
-        rows = np.flatnonzero(place.is_valid().to_numpy(zero_copy_only=False))
-        if (twice := rows[seen[rows] >= 0]).size:
-            raise UserError(
-                f"{file}: image {truth.ids[twice[0]].as_py()} is also in {files[seen[twice[0]]]}; give parts without "
-                "common images, or average models by `mlc ensemble`"
-            )
-        if len(rows) < len(ids):
-            say(f"note: {len(ids) - len(rows)} of {len(ids)} images of {file} are not in {truth.source}; left out")
-        seen[rows] = number
-        scores[rows] = found[place.drop_null().to_numpy()]
-    missing = np.flatnonzero(seen < 0)
-    if missing.size:
-        named = " and ".join(map(str, files)) if len(files) < 3 else f"the {len(files)} files"
-        raise UserError(
-            f"{named}: no probabilities for {missing.size} of {len(scores)} images of {truth.source}, such as "
-            f"{truth.ids[missing[0]].as_py()}; predict all of them, or choose fewer by --fold or --where"
-        )
-    return scores
+    if options.data:
+        return truth_of_split(options.data, options.split, where=options.where, fold=options.fold)
+    classes, groups = read_classes(Path(options.classes)) if options.classes else (None, None)
+    columns = Columns(separator=options.label_separator)
+    return truth_of_table(Path(options.truth), columns, classes, groups, of=options.classes)
 
 
 def _own_predictions(options: Namespace) -> Path:
@@ -205,7 +123,7 @@ def _write(
 ) -> None:
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-    found_curves = threshold_curves.curves(scores, truth.target, setup.metric, truth.groups)
+    found_curves = threshold_curves.curves(scores, truth.target, setup.metric, setup.groups)
     with whole(out.with_name(f"{out.stem}-curves.json")) as building:
         building.write_text(json.dumps(found_curves | {"rules": found, "chosen": chosen}, ensure_ascii=False) + "\n")
     threshold_curves.plot(out.with_suffix(".png"), found_curves, found, chosen)

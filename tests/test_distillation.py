@@ -220,4 +220,4 @@ def test_a_file_of_other_images_is_refused(shards, teachers, tmp_path, capsys):
     with (tmp_path / "some.csv").open("w", newline="") as file:
         csv.writer(file).writerows(rows[:-2])
     assert run_verb(train.main, argv(shards, tmp_path, "--kd-teacher", str(tmp_path / "some.csv"))) == 2
-    assert f"no probabilities for 2 of {len(rows) - 1} training images" in capsys.readouterr().err
+    assert f"no row for 2 of the {len(rows) - 1} training images" in capsys.readouterr().err

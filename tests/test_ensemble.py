@@ -10,7 +10,8 @@ import pytest
 from sklearn.metrics import fbeta_score
 
 from mlc import ensemble
-from mlc.data.prediction_files import read_stack, write_probabilities, write_submission
+from mlc.data.prediction_files import write_probabilities, write_submission
+from mlc.data.prediction_stack import read_stack
 from mlc.metrics import combine, multilabel
 from shards.console import run as run_verb
 from shards.dataset import load_dataset, open_index
@@ -78,7 +79,7 @@ def test_arrow_out_is_the_same_table(world, tmp_path):
     assert call(tmp_path, "a.csv", "b.csv", "--out", str(tmp_path / "mean.arrow")) == 0
     assert call(tmp_path, *out(tmp_path, "a.csv", "b.csv")) == 0
     found = read_stack([tmp_path / "mean.arrow", tmp_path / "out.csv"])
-    np.testing.assert_array_equal(found.stack[0], found.stack[1])
+    np.testing.assert_array_equal(found.values[0], found.values[1])
     with pa.ipc.open_file(tmp_path / "mean.arrow") as reader:
         assert reader.schema.names == ["ImageID", *CLASSES]
 
@@ -122,7 +123,7 @@ def test_weights_tuned_on_one_set_of_files_serve_another(world, tmp_path, capsys
     files = [str(tmp_path / name) for name in ("t1.csv", "t2.csv")]
     given = ["--weights", str(tmp_path / "out-weights.json"), "--threshold", str(tmp_path / "out-thresholds.json")]
     assert run_verb(ensemble.main, [*files, *given, "--out", str(tmp_path / "test.csv")]) == 0
-    found = read_stack([tmp_path / "out.csv", tmp_path / "test.csv"]).stack
+    found = read_stack([tmp_path / "out.csv", tmp_path / "test.csv"]).values
     np.testing.assert_array_equal(found[0], found[1])
     assert run_verb(ensemble.main, [*files, files[0], *given, "--out", str(tmp_path / "no.csv")]) == 2
     assert "is named twice" in capsys.readouterr().err
@@ -227,7 +228,11 @@ def other_classes(tables, tmp_path):
         (drop_class, [], "a.csv has class 'cat', PATH/b.csv has not"),
         (extra_class, [], "b.csv has class 'cow', PATH/a.csv has not"),
         (not_a_number, [], "b.csv: image 3.jpg, class 10: nan is no probability"),
-        (submission, [], "b.csv is a submission, label sets without probabilities; `--vote` combines those"),
+        (
+            submission,
+            [],
+            "b.csv is a submission, label sets without probabilities; `mlc ensemble --vote` combines",
+        ),
         (None, ["--weights", "0.5"], "--weights 0.5: 1 weights for 2 files"),
         (None, ["--weights", "1,-1"], "weights are numbers from 0 on"),
         (None, ["--weights", "0,0"], "not all of them 0"),
@@ -245,8 +250,12 @@ def other_classes(tables, tmp_path):
         (None, ["--union"], "a.csv has probabilities: give --threshold"),
         (None, ["--vote", "--threshold", "0.1,0.2,0.3"], "3 for 2 files"),
         (None, ["--vote", "--weights", "rank"], "--weights rank is for probabilities"),
-        (other_truth, ["--truth", "truth.csv"], "label 'dogg' is no class of the predictions; did you mean dog?"),
-        (short_truth, ["--truth", "truth.csv"], "truth.csv has no labels for 2 of 40 predictions, such as 0.jpg"),
+        (
+            other_truth,
+            ["--truth", "truth.csv"],
+            "'dogg' is none of the 4 classes of the predictions; did you mean dog?",
+        ),
+        (short_truth, ["--truth", "truth.csv"], "truth.csv: no row for 2 of the 40 predicted images, such as 0.jpg"),
         (empty_truth, ["--truth", "truth.csv"], "0 labels are too few"),
         (None, ["--truth", "truth.csv", "--metric", "f3"], "'f3' is no metric"),
         (None, ["--wieghts", "equal"], "did you mean --weights?"),
@@ -304,8 +313,10 @@ def test_weights_of_each_group_of_a_packed_data_set(shards, tmp_path, capsys):
     assert call(tmp_path, *out(tmp_path, *argv)) == 0
     weights = json.loads((tmp_path / "out-weights.json").read_text())["weights"]
     for name, pair in weights.items():
-        assert pair == pytest.approx([name in dataset.groups[known], name not in dataset.groups[known]], abs=1e-6)
-    scores = read_stack([tmp_path / "out.csv"]).stack[0]
+        assert pair == pytest.approx(
+            [float(name in dataset.groups[known]), float(name not in dataset.groups[known])], abs=1e-6
+        )
+    scores = read_stack([tmp_path / "out.csv"]).values[0]
     np.testing.assert_allclose(scores, good, atol=1e-5)
     assert call(tmp_path, *out(tmp_path, "a.csv", "b.csv", "--weights", "tuned-per-group")) == 2
     assert "--weights tuned-per-group needs classes in groups" in capsys.readouterr().err
@@ -327,4 +338,4 @@ def test_the_truth_of_a_packed_data_set(shards, tmp_path, capsys):
     assert value["map"] == pytest.approx(1.0)  # only if each row has its own truth
     capsys.readouterr()
     assert call(tmp_path, *out(tmp_path, *argv, "--split", "train")) == 2
-    assert f"no labels for {len(ids)} of {len(ids)} predictions" in capsys.readouterr().err
+    assert f"split train: no row for {len(ids)} of the {len(ids)} predicted images" in capsys.readouterr().err

@@ -13,8 +13,8 @@ import pytest
 from conftest import TINY
 
 from mlc import jobs, kfold, predict
-from mlc.data.prediction_files import read_stack, write_probabilities
-from mlc.data.soft_labels import read_predictions
+from mlc.data.prediction_files import read_predictions, write_probabilities
+from mlc.data.prediction_stack import read_stack
 from mlc.data.sources import open_sources
 from mlc.flags import read_config
 from mlc.metrics import multilabel
@@ -115,12 +115,12 @@ def test_the_sidecar_says_what_the_file_is_made_of(finished, folded):
 def test_the_test_split_is_the_mean_of_the_folds_by_the_threshold_of_the_joined_file(finished):
     folder = finished / "demo-kfold"
     stack = read_stack([folder / name for name in ("test.csv", "test-demo-fold0.csv", "test-demo-fold1.csv")])
-    np.testing.assert_allclose(stack.stack[0], stack.stack[1:].mean(0), atol=1e-7)
-    assert np.abs(stack.stack[1] - stack.stack[2]).max() > 1e-4
+    np.testing.assert_allclose(stack.values[0], stack.values[1:].mean(0), atol=1e-7)
+    assert np.abs(stack.values[1] - stack.values[2]).max() > 1e-4
     threshold = json.loads((folder / "thresholds.json").read_text())["global"]
     with (folder / "submission.csv").open() as file:
         labels = [row["Labels"].split() for row in csv.DictReader(file)]
-    chosen = stack.stack[0] > np.float32(threshold)
+    chosen = stack.values[0] > np.float32(threshold)
     assert labels == [[stack.classes[c] for c in np.flatnonzero(row)] for row in chosen]
 
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from mlc import predict, train
+from mlc.data.prediction_files import read_predictions
 from mlc.data.sampler import Rows, Sampler
-from mlc.data.soft_labels import read_predictions
 from mlc.mining import HardMining
 from shards.console import run as run_verb
 from shards.dataset import load_dataset, open_index

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mlc import predict, train
-from mlc.data.prediction_files import class_columns, read_stack
+from mlc.data.prediction_files import class_columns
+from mlc.data.prediction_stack import read_stack
 from mlc.data.reader import TarReader
 from mlc.metrics import thresholds
 from mlc.models.build import build_model
@@ -69,13 +70,13 @@ def test_runs_alike_share_one_pass_and_the_mean_is_theirs(shards, classes, tmp_p
     assert "2 runs in 1 pass over the data" in capsys.readouterr().err
     assert (out / "val-a.csv").read_bytes() == alone[a].read_bytes()
     stack = read_stack([out / "val.csv", out / "val-a.csv", out / "val-b.csv", alone[b]])
-    assert class_columns(out / "val-b.csv") == list(classes)
-    np.testing.assert_array_equal(stack.stack[2], stack.stack[3])
-    assert np.abs(stack.stack[1] - stack.stack[2]).max() > 0.05
-    np.testing.assert_allclose(stack.stack[0], stack.stack[1:3].mean(0), atol=1e-7)
+    assert class_columns(out / "val-b.csv") == tuple(classes)
+    np.testing.assert_array_equal(stack.values[2], stack.values[3])
+    assert np.abs(stack.values[1] - stack.values[2]).max() > 0.05
+    np.testing.assert_allclose(stack.values[0], stack.values[1:3].mean(0), atol=1e-7)
     with (out / "submission.csv").open() as file:
         rows = list(csv.DictReader(file))
-    expected = [[name for name, p in zip(classes, row, strict=True) if p > np.float32(0.4)] for row in stack.stack[0]]
+    expected = [[name for name, p in zip(classes, row, strict=True) if p > np.float32(0.4)] for row in stack.values[0]]
     assert [row["Labels"].split() for row in rows] == expected  # the mean of the two thresholds
 
 
@@ -96,7 +97,7 @@ def test_another_size_and_captions_alone_have_passes_of_their_own(shards, classe
     assert len(reads) == 2 * len(open_index(load_dataset(shards), "val"))
     for name, file in zip(("a", "big", "text"), alone, strict=True):
         assert (out / f"val-{name}.csv").read_bytes() == file.read_bytes()
-    stack = read_stack([out / "val.csv", *alone]).stack
+    stack = read_stack([out / "val.csv", *alone]).values
     np.testing.assert_allclose(stack[0], stack[1:].mean(0), atol=1e-7)
 
 

@@ -8,7 +8,7 @@ import pytest
 from sklearn.metrics import f1_score
 
 from mlc import scores
-from mlc.data.soft_labels import read_predictions
+from mlc.data.prediction_files import read_predictions
 from shards.console import run
 
 CLASSES = ["cat", "dog", 'a, "b"']
@@ -80,6 +80,26 @@ def test_a_packed_split_is_the_truth(shards, tmp_path, capsys):
     assert {f"map/{group}" for group in dataset.groups} <= set(found)
 
 
+def test_some_rows_of_a_packed_split_are_the_truth(shards, tmp_path, capsys):
+    """The predictions of some rows, as `mlc predict --where` writes them."""
+    from shards.dataset import load_dataset, open_index
+
+    dataset = load_dataset(shards)
+    index = open_index(dataset, "train")
+    target = index.targets(range(len(index))) > 0.5
+    own = np.flatnonzero(target[:, 0])
+    p = np.random.default_rng(0).random((len(own), len(dataset.classes)))
+    rows = [[index.image_id(i), *row] for i, row in zip(own, p, strict=True)][::-1]
+    file = write(tmp_path / "p.csv", ["ImageID", *dataset.classes], rows)
+    split = ["--data", shards, "--split", "train"]
+    found = evaluated(capsys, file, *split, "--where", f'"{dataset.classes[0]}" in labels')
+    assert found["images"] == len(own) < len(index)
+    assert found["f1_micro"] == pytest.approx(f1_score(target[own], p > 0.5, average="micro"))
+    words = f"p.csv: no row for {len(index) - len(own)} of the {len(index)} images of {shards}, split train, such as"
+    assert words in refused(capsys, file, *split)
+    assert "--fold 1: no row is in it" in refused(capsys, file, *split, "--fold", "1")
+
+
 def test_submissions_of_label_sets(world, capsys):
     folder, p, target = world
     said = p > 0.5
@@ -132,8 +152,9 @@ def test_mistakes(world, capsys, shards):
     split = ["--label-separator", ";"]
     assert "give the truth once" in refused(capsys, pred)
     assert "give the truth once" in refused(capsys, pred, truth, "--data", shards)
+    assert "--fold and --where choose rows of --data" in refused(capsys, pred, truth, "--fold", "1")
     assert "nowhere.csv" in refused(capsys, folder / "nowhere.csv", truth)
-    assert "none of the 3 classes" in refused(capsys, pred, truth)  # labels separated by something else
+    assert f"none of the 3 classes of {pred}" in refused(capsys, pred, truth)  # labels separated by something else
     assert "no column" in refused(capsys, pred, "--data", shards)  # other classes
     lines = pred.read_text().splitlines(keepends=True)
     short = folder / "short.csv"
@@ -145,7 +166,7 @@ def test_mistakes(world, capsys, shards):
     assert "is no probability" in refused(capsys, short, truth, *split)
     twice = folder / "twice.csv"
     twice.write_text(truth.read_text() + "3.jpg,cat\n")
-    assert "3.jpg comes more than once" in refused(capsys, pred, twice, *split)
+    assert "line 62: image 3.jpg comes more than once, first in line 5" in refused(capsys, pred, twice, *split)
     assert "cannot read thresholds" in refused(capsys, pred, truth, *split, "--threshold", folder / "no.json")
     calibrate = [*split, "--calibrate", "temperature", "--out"]
     assert "is the file that is read" in refused(capsys, pred, truth, *calibrate, pred)
@@ -159,4 +180,4 @@ def test_images_that_nobody_asked_about_are_mentioned(world, capsys):
     with (folder / "pred.csv").open("a") as file:
         file.write("new.jpg,0.1,0.1,0.1\n")
     assert run(scores.main, [str(folder / "pred.csv"), str(folder / "truth.csv"), "--label-separator", ";"]) == 0
-    assert "1 images are not in" in capsys.readouterr().err
+    assert f"1 of 61 images of {folder / 'pred.csv'} are not in" in capsys.readouterr().err

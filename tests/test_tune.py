@@ -8,9 +8,9 @@ import pyarrow as pa
 import pytest
 
 from mlc.cli import main
+from mlc.data.prediction_files import write_probabilities
 from mlc.metrics import thresholds
 from mlc.metrics.multilabel import fbeta
-from mlc.predict import write_probabilities
 from shards.dataset import load_dataset, open_index
 
 CLASSES = ["ant", "bee", "cow", "dog"]
@@ -122,7 +122,7 @@ def rewritten(path, change):
 
 
 BAD = {
-    "a row is missing": (lambda rows: rows[:-1], "no probabilities for 1 of 60 images of truth.csv, such as 59.jpg"),
+    "a row is missing": (lambda rows: rows[:-1], "no row for 1 of the 60 images of truth.csv, such as 59.jpg"),
     "a column is missing": (lambda rows: [row[:-1] for row in rows], "no column for 1 of the 4 classes, such as 'dog'"),
     "a row is twice": (lambda rows: [*rows, rows[-1]], "image 59.jpg comes more than once"),
     "not a number": (lambda rows: [*rows[:-1], [rows[-1][0], "nan", *rows[-1][2:]]], "59.jpg, class ant"),
@@ -167,9 +167,10 @@ def test_bad_flags_are_one_line(folder, capsys, argv, said):
 
 def test_bad_truth_is_one_line(folder, capsys):
     rewritten(folder / "truth.csv", lambda rows: [*rows, ["0.jpg", "ant"]])
-    refused(capsys, "image 0.jpg comes more than once", "p.csv", *TRUTH)
+    refused(capsys, "truth.csv line 62: image 0.jpg comes more than once, first in line 61", "p.csv", *TRUTH)
     rewritten(folder / "truth.csv", lambda rows: [*rows[:-2], ["0.jpg", "antt"]])
-    refused(capsys, "label 'antt' is not in classes.yaml; did you mean ant?", "p.csv", *TRUTH)
+    said = "truth.csv line 61: label 'antt' is none of the 4 classes of classes.yaml; did you mean ant?"
+    refused(capsys, said, "p.csv", *TRUTH)
     refused(capsys, "no column for 1 of the 5 classes, such as 'antt'", "p.csv", "--truth", "truth.csv")
     rewritten(folder / "truth.csv", lambda rows: [rows[0], *([name, ""] for name, _ in rows[1:])])
     refused(capsys, "no image has a label", "p.csv", *TRUTH)

@@ -14,12 +14,14 @@ from mlc.config import Config
 from mlc.data.features import Features
 from mlc.data.filters import named, read_names, select_rows
 from mlc.data.overlay import Overlay, is_overlay, open_overlay
+from mlc.data.prediction_files import aligned, is_prediction_file
 from mlc.data.reader import TarReader, check_shards
 from mlc.data.remote import open_reader
 from mlc.data.sampler import Rows, Sampler, parse_data, parse_oversample, parse_shuffle, source_seed
-from mlc.data.soft_labels import SoftLabels, aligned, is_prediction_file
+from mlc.data.soft_labels import SoftLabels
+from mlc.data.truth import filled_index, labelled_index
 from shards.console import UserError
-from shards.dataset import Dataset, Index, load_dataset, open_index
+from shards.dataset import Dataset, Index, load_dataset
 
 LISTED = 12  # classes named in a line of the log
 
@@ -132,12 +134,7 @@ def validation_features(
 
 def open_split(dataset: Dataset, split: str, *, labelled: bool = False) -> Index:
     """The index of a split that is not empty, whose tars are there and, where asked for, which has labels."""
-    index = open_index(dataset, split)
-    where = dataset.url or dataset.root
-    if not len(index):
-        raise UserError(f"{where}: the split {split!r} is empty")
-    if labelled and not index.has_labels:
-        raise UserError(f"{where}: the split {split!r} has no labels")
+    index = labelled_index(dataset, split) if labelled else filled_index(dataset, split)
     check_shards(dataset, split)
     return index
 

@@ -135,6 +135,19 @@ def load(path: str | Path) -> dict:
     return content
 
 
+def rule_of(text: str) -> dict[str, Any]:
+    """What `--threshold` says: a number, or the path of a `thresholds.json`. Raises UserError for anything else."""
+    try:
+        number = float(text)
+    except ValueError:
+        if text.endswith(".json") or Path(text).is_file():
+            return load(text)
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"--threshold {text}: expected a number or a thresholds.json")
+    return {"metric": None, "global": number, "value": None}
+
+
 def _wrong(kind: str, content: Mapping[str, Any]) -> str:
     """What a rule's content lacks, "" for nothing."""
     if kind == "max-fraction":

@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.table import Table
 from sklearn.metrics import average_precision_score, precision_recall_curve
 
-from mlc.data.prediction_files import write_csv
-from mlc.data.soft_labels import aligned
+from mlc.data.prediction_files import aligned, places, write_csv
+from mlc.data.truth import ids_of, labelled_index, multi_hot, read_labels
 from mlc.post.label_errors import METHODS, errors, mean_errors, scores, suspects
 from shards.console import Parser, UserError, did_you_mean, say
-from shards.dataset import Dataset, Index, load_dataset, open_index
+from shards.dataset import Dataset, Index, load_dataset
 from shards.files import disk_errors, whole
-from shards.table import Columns, Problems, read_rows
+from shards.table import Columns
 
 SHOWN = 12  # rows of the table of classes
 
@@ -28,9 +28,7 @@ SHOWN = 12  # rows of the table of classes
 def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     dataset = load_dataset(options.data)
-    index = open_index(dataset, options.split)
-    if not index.has_labels:
-        raise UserError(f"{options.data}: the split {options.split!r} has no labels that could be wrong")
+    index = labelled_index(dataset, options.split)
     columns = _columns(dataset, options.group)
     given = index.targets(np.arange(len(index))) > 0.5
     probabilities = aligned(options.predictions, index, dataset.classes)
@@ -111,27 +109,20 @@ def recorded(path: Path, index: Index, dataset: Dataset, given: np.ndarray) -> n
     Raises:
         UserError: no image of the split, a label that the data set does not have, or labels that are not its own.
     """
-    problems = Problems()
-    tables = [read_rows(path, Columns(labels=name), problems, need_labels=True) for name in ("Labels", "TrueLabels")]
-    if problems:
-        raise UserError(f"{problems.lines()[0]} ({len(problems)} bad rows)")
-    place = {name: row for row, name in enumerate(index.batch.column("image_id").to_pylist())}
-    column = {name: c for c, name in enumerate(dataset.classes)}
+    tables = [read_labels(path, Columns(labels=name)) for name in ("Labels", "TrueLabels")]
+    found = places(ids_of(tables[0]), index.batch.column("image_id"))
+    there, rows = np.flatnonzero(found >= 0), found[found >= 0]
+    own = [[table[number] for number in there] for table in tables]
+    then, true = (multi_hot(part, dataset.classes, of=index.path.parent) for part in own)
+    other = (then != given[rows]).any(1)
+    if other.any():
+        row = own[0][int(other.argmax())]
+        raise UserError(f"{path} line {row.line}: {row.image_id} has other labels in {index.path.parent}")
     wrong = np.zeros(given.shape, bool)
-    for then, true in zip(*tables, strict=True):
-        row = place.get(then.image_id)
-        if row is None:
-            continue
-        unknown = [name for name in (*then.labels, *true.labels) if name not in column]
-        if unknown:
-            raise UserError(f"{path} line {then.line}: no class {unknown[0]!r}{did_you_mean(unknown[0], list(column))}")
-        if {column[name] for name in then.labels} != set(np.flatnonzero(given[row])):
-            raise UserError(f"{path} line {then.line}: {then.image_id} has other labels in {index.path.parent}")
-        for name in set(then.labels) ^ set(true.labels):
-            wrong[row, column[name]] = True
+    wrong[rows] = then ^ true
     if not wrong.any():
         raise UserError(
-            f"{path}: none of its {len(tables[0])} images with wrong labels is in the split {index.path.stem!r}"
+            f"{path}: none of its {len(found)} images with wrong labels is in the split {index.path.stem!r}"
         )
     return wrong
 

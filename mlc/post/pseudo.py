@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from mlc.data.overlay import PREFIX, write_overlay
-from mlc.data.soft_labels import aligned
+from mlc.data.prediction_files import aligned
+from mlc.data.truth import filled_index
 from mlc.metrics import thresholds
 from shards.console import Parser, UserError, say
 from shards.dataset import Dataset, load_dataset, open_index
@@ -25,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         dataset,
         split=options.split,
         train_split=options.train_split,
-        rule=rule_of(options.threshold),
+        rule=thresholds.rule_of(options.threshold),
         share=options.share,
         per_class=options.per_class,
     )
@@ -63,9 +64,7 @@ def choose(
     Raises:
         UserError: an image without a prediction, an unknown split, nothing chosen.
     """
-    index = open_index(dataset, split)
-    if not len(index):
-        raise UserError(f"{dataset.url or dataset.root}: the split {split!r} is empty")
+    index = filled_index(dataset, split)
     probabilities = aligned(predictions, index, dataset.classes)
     never = open_index(dataset, train_split).class_counts() == 0
     probabilities[:, never] = 0
@@ -101,14 +100,6 @@ def most_confident(
             chosen.append(row)
             given += with_none[row]
     return np.sort(np.array(chosen, np.int64))
-
-
-def rule_of(text: str) -> dict:
-    """`0.4`, or the path of a thresholds.json -> what `thresholds.apply` takes. Raises UserError."""
-    try:
-        return {"metric": None, "global": float(text), "value": None}
-    except ValueError:
-        return thresholds.load(text)
 
 
 def share_of(text: str) -> float:

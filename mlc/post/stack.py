@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from sklearn.model_selection import KFold
 
-from mlc.data.prediction_files import write_csv
-from mlc.data.soft_labels import aligned
+from mlc.data.prediction_files import aligned, write_probabilities
+from mlc.data.truth import labelled_index
 from mlc.metrics import thresholds
 from mlc.metrics.multilabel import f1_samples, mean_average_precision
 from mlc.post.pseudo import at_least_one
@@ -38,9 +38,7 @@ def main(argv: list[str] | None = None) -> int:
             "the same models' predictions in the same order"
         )
     dataset = load_dataset(options.data)
-    index = open_index(dataset, options.split)
-    if not index.has_labels:
-        raise UserError(f"{options.data}: the split {options.split!r} has no labels to learn from")
+    index = labelled_index(dataset, options.split)
     target = index.targets(np.arange(len(index))) > 0.5
     inputs = _inputs(options, dataset, index, options.predictions)
     test = open_index(dataset, options.test_split) if options.test else None
@@ -139,9 +137,7 @@ def _inputs(options, dataset: Dataset, index: Index, files: list[str]) -> Inputs
 
 
 def _write(path: Path, index: Index, dataset: Dataset, found: np.ndarray) -> None:
-    ids = index.batch.column("image_id")
-    rows = ([ids[row].as_py(), *(f"{p:.9g}" for p in found[row])] for row in range(len(index)))
-    write_csv(path, ["ImageID", *dataset.classes], rows)
+    write_probabilities(path, index.batch.column("image_id").to_pylist(), dataset.classes, found)
 
 
 # ---- what is printed -------------------------------------------------------------------------------------------------

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from pyarrow import parquet
 
+from mlc.data.prediction_files import rows_of
 from shards.console import UserError
 from shards.dataset import Index
 
@@ -27,14 +27,8 @@ def by_image(files: list[Path], index: Index, flag: str) -> np.ndarray | None:
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
             raise UserError(f"{flag} {file} cannot be read: {str(error).splitlines()[0]}") from None
         wanted = index.batch.column("key" if kind == "key" else "image_id")
-        place = pc.fill_null(pc.index_in(wanted, value_set=pa.array(names, pa.large_string())), -1).to_numpy()
-        if (place < 0).any():
-            first = index.image_id(int(np.argmax(place < 0)))
-            raise UserError(
-                f"{flag} {file} has nothing for {(place < 0).sum()} of the {len(index)} images of {index.path.stem}, "
-                f"such as {first}"
-            )
-        found = values[place]
+        what, fix = f"images of {index.path.stem}", "it must have a row for each"
+        found = values[rows_of(f"{flag} {file}", pa.array(names, pa.large_string()), wanted, what, fix)]
         if not np.isfinite(found).all():
             raise UserError(f"{flag} {file}: {(~np.isfinite(found)).sum()} values are not finite")
         tables.append(found)

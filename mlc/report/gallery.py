@@ -66,7 +66,7 @@ def card(one: Scored, subject: Subject, place: int, url: str, kind: str = "") ->
         why = f"{subject.truth.classes[column]}: {scores[column]:.3f}, labelled"
     return {
         "url": url,
-        "image_id": subject.truth.ids[place],
+        "image_id": subject.truth.ids[int(place)].as_py(),
         "caption": subject.index.caption(row),
         "true": [subject.truth.classes[c] for c in np.flatnonzero(target)],
         "said": [subject.truth.classes[c] for c in np.flatnonzero(predicted)],

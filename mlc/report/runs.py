@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import yaml
 
-from mlc.answers import Truth, probabilities_of
+from mlc.data.prediction_files import places, read_predictions
 from mlc.data.sampler import parse_data
-from mlc.data.soft_labels import read_predictions
+from mlc.data.truth import Truth, probabilities_of, truth_of_rows
 from mlc.logfile import read_log
 from mlc.metrics import thresholds
 from mlc.metrics.scorecard import Scorecard
@@ -152,22 +150,19 @@ def subject_of(runs: Sequence[Run], data: str | None, split: str) -> Subject:
             odd = sorted(set(names) ^ set(dataset.classes)) or ["the order"]
             raise UserError(f"{run.folder} has other classes than {where}, such as {odd[0]!r}; report it by itself")
     ids, _ = read_predictions(_file(first, split), dataset.classes)
-    rows = pc.fill_null(pc.index_in(ids, value_set=index.batch.column("image_id")), -1).to_numpy()
+    rows = places(ids, index.batch.column("image_id"))
     if (rows < 0).any():
         raise UserError(
             f"{_file(first, split)} has image {ids[int(np.argmin(rows))].as_py()}, which is not in the split {split} "
             f"of {where}{did_you_mean(split, list(dataset.splits))}; give the --data it was scored on"
         )
     rows = np.sort(rows).astype(np.int64)
-    ids = index.batch.column("image_id").take(pa.array(rows)).to_pylist()
-    target = index.targets(rows) > 0.5
-    truth = Truth(f"{where} {split}", ids, dataset.classes, target, dataset.group_columns)
-    return Subject(dataset, split, index, rows, truth)
+    return Subject(dataset, split, index, rows, truth_of_rows(f"{where}, split {split}", dataset, index, rows))
 
 
 def scored(run: Run, subject: Subject) -> Scored:
     """Raises UserError where the run has not seen all images of the subject."""
-    scores = probabilities_of(_file(run, subject.split), subject.truth)
+    scores = probabilities_of([_file(run, subject.split)], subject.truth)
     predicted = thresholds.apply(scores, run.rule, subject.truth.classes)
     return Scored(run, scores, predicted, Scorecard(scores, predicted, subject.truth.target, subject.truth.groups))
 

@@ -7,8 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from mlc.data.prediction_files import is_prediction_file
 from mlc.data.sampler import Rows
-from mlc.data.soft_labels import SoftLabels, is_prediction_file
+from mlc.data.soft_labels import SoftLabels
 from mlc.data.sources import open_split
 from shards.console import UserError
 from shards.dataset import load_dataset
@@ -68,7 +69,7 @@ def test_only_the_rows_that_take_part_must_be_there(dataset, tmp_path):
 
     file = write(tmp_path / "p.csv", dataset, change=without)
     SoftLabels([file], [Rows(index, 0, rows=np.array([0, 1, 2, 4]))], dataset.classes)
-    with pytest.raises(UserError, match=f"no probabilities for 1 of {len(index)} training images, such as {left_out};"):
+    with pytest.raises(UserError, match=f"no row for 1 of the {len(index)} training images, such as {left_out};"):
         SoftLabels([file], [Rows(index, 0)], dataset.classes)
 
 

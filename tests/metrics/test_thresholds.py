@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
-from mlc.metrics.thresholds import apply, best_global_threshold, describe, load, of_maximum, save, write
+from mlc.metrics.thresholds import apply, best_global_threshold, describe, load, of_maximum, rule_of, save, write
 from shards.console import UserError
 
 METRICS = ("f1_samples", "f1_micro", "f1_macro")
@@ -112,6 +112,14 @@ def test_a_missing_file_is_one_line(tmp_path):
 def test_the_file_is_plain_json(tmp_path):
     save(tmp_path / "t.json", metric="f1_micro", threshold=np.float32(0.25), value=np.float64(0.5))
     assert json.loads((tmp_path / "t.json").read_text()) == {"metric": "f1_micro", "global": 0.25, "value": 0.5}
+
+
+def test_a_rule_is_a_number_or_a_file(tmp_path):
+    save(tmp_path / "t.json", metric="f1_micro", threshold=0.25, value=0.5)
+    assert rule_of("0.25")["global"] == rule_of(str(tmp_path / "t.json"))["global"] == 0.25
+    for text, words in (("nan", "expected a number or"), ("high", "expected a number or"), ("no.json", "cannot read")):
+        with pytest.raises(UserError, match=words):
+            rule_of(text)
 
 
 # ---- other rules -----------------------------------------------------------------------------------------------------

@@ -116,13 +116,13 @@ def test_other_files_are_refused_by_name(setting, tmp_path, capsys):
     write_predictions(tmp_path / "few.csv", index, p, rows=range(150))
     argv = ["--data", str(folder / "data"), "--out", str(tmp_path)]
     assert run(noise.main, [str(tmp_path / "few.csv"), *argv]) == 2
-    assert "has no row for 50 of the 200 images of train, such as 150.jpg" in capsys.readouterr().err
+    assert "no row for 50 of the 200 images of train, such as 150.jpg" in capsys.readouterr().err
     (tmp_path / "wrong.csv").write_text("ImageID,Labels,TrueLabels\n999.jpg,dog,cat\n")
     assert call(folder, "--out", str(tmp_path), "--against", str(tmp_path / "wrong.csv")) == 2
     assert "none of its 1 images with wrong labels is in the split 'train'" in capsys.readouterr().err
     (tmp_path / "wrong.csv").write_text("ImageID,Labels,TrueLabels\n5.jpg,unicorn,cat\n")
     assert call(folder, "--out", str(tmp_path), "--against", str(tmp_path / "wrong.csv")) == 2
-    assert "line 2: no class 'unicorn'" in capsys.readouterr().err
+    assert "line 2: label 'unicorn' is none of the 5 classes of" in capsys.readouterr().err
     (tmp_path / "wrong.csv").write_text("ImageID,Labels,TrueLabels\n5.jpg,cat dog owl,cat\n")
     assert call(folder, "--out", str(tmp_path), "--against", str(tmp_path / "wrong.csv")) == 2
     assert "5.jpg has other labels in" in capsys.readouterr().err

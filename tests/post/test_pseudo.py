@@ -180,7 +180,7 @@ def test_mistakes_of_data_are_one_line(shards, tmp_path, capsys, data, words):
     "more, words",
     [
         (["--split", "tset"], "did you mean test"),
-        (["--split", "train"], "has no row for"),
+        (["--split", "train"], "no row for"),
         (["--threshold", "nowhere.json"], "cannot read thresholds from nowhere.json"),
         (["--share", "0.001"], "is less than one"),
     ],

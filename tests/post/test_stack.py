@@ -9,8 +9,7 @@ from indexes import CLASSES, make_index
 from pyarrow import parquet
 from scipy.special import expit
 
-from mlc.data.prediction_files import write_csv
-from mlc.data.soft_labels import aligned
+from mlc.data.prediction_files import aligned, write_csv
 from mlc.metrics.multilabel import mean_average_precision
 from mlc.post import stack
 from mlc.post.tables import by_image
@@ -106,7 +105,7 @@ def test_the_table_is_for_people(setting, tmp_path, capsys):
         (["--test", "a.csv"], "--test names 1 files and there are 2 out-of-fold files"),
         (["--features", "nowhere.npz"], "--features nowhere.npz cannot be read"),
         (["--extra", "FOLDER/a.csv"], None),
-        (["--extra", "FOLDER/few.csv"], "has nothing for 239 of the 240 images of train, such as 0.jpg"),
+        (["--extra", "FOLDER/few.csv"], "few.csv: no row for 239 of the 240 images of train, such as 0.jpg"),
         (["--extra", "FOLDER/bare.csv"], "no numbers in it"),
         (["--split", "test"], "has no split 'test'"),
     ],

@@ -48,12 +48,14 @@ once() { # once FILE COMMAND...: nothing where the file is there already; every 
 }
 
 zoo() { # zoo STAGE FLAGS...: every recipe in all folds, and the mean of their answers; {recipe} in a flag is its name
-  local recipe stage=$1 flags=("${@:2}") parts=()
+  local recipe stage=$1 flags=("${@:2}") parts=() submitted=""
   for recipe in "${ZOO[@]}"; do
     parts+=("$OUT/$stage-$recipe-kfold")
     once "${parts[-1]}/test.csv" mlc kfold -c "$recipe" --data "$DATA" --output "$OUT" --experiment "$stage-$recipe" \
       --predict test --weights last --tta "$TTA" "${FLAGS[@]}" "${flags[@]//\{recipe\}/$recipe}"
+    [ -e "${parts[-1]}/test.csv" ] || submitted=yes # by --slurm
   done
+  [ -z "$submitted" ] || { echo "stage $stage is submitted; the same command goes on when it has finished" >&2; exit; }
   once "$OUT/$stage/oof.csv" mlc ensemble "${parts[@]/%//oof.csv}" --out "$OUT/$stage/oof.csv"
   once "$OUT/$stage/test.csv" mlc ensemble "${parts[@]/%//test.csv}" --out "$OUT/$stage/test.csv"
 }

@@ -38,6 +38,8 @@ def stand_in(argv: list[str]) -> int:
         calls.write(json.dumps(settings) + "\n")
     if settings["experiment"] == os.environ.get("DIES"):
         return 1
+    if os.environ.get("SUBMITTED"):
+        return 0  # as with --slurm
     dataset = load_dataset(settings["data"][0])
     skill = 0.25 + 0.1 * int(settings["experiment"][0])
     folder = Path(settings["output"]) / f"{settings['experiment']}-kfold"
@@ -148,6 +150,12 @@ def test_a_finished_pipeline_runs_nothing_again(finished, world):
     assert done.returncode == 0 and len(calls) == len(finished[1])
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert not [line for line in done.stdout.splitlines() if line.startswith("$")]
+
+
+def test_a_stage_that_was_submitted_ends_the_call(world):
+    done, calls = pipeline(world, "later", SUBMITTED="yes")
+    assert done.returncode == 0 and "stage 1-zoo is submitted; the same command goes on" in done.stderr
+    assert [call["experiment"] for call in calls] == ["1-zoo-demo-imet", "1-zoo-demo-imet-csra"]
 
 
 @pytest.mark.parametrize(

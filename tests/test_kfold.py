@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import TINY
 
-from mlc import jobs, kfold, predict
+from mlc import jobs, kfold, predict, slurm
 from mlc.data.prediction_files import read_predictions, write_probabilities
 from mlc.data.prediction_stack import read_stack
 from mlc.data.sources import open_sources
@@ -213,6 +213,15 @@ def test_the_array_has_a_task_for_each_unfinished_fold(finished, folded, tmp_pat
     said = capsys.readouterr()
     assert "#SBATCH --array=0-0\n" in said.out and "#SBATCH --gpus-per-node=2" in said.out
     assert f"set -- {runs / 'demo-fold1'}" in said.out and "joins the folds" in said.err
+
+
+def test_an_array_that_has_finished_is_joined(finished, folded, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished, tmp_path / "runs")
+    shutil.rmtree(tmp_path / "runs" / "demo-kfold")
+    monkeypatch.setattr(slurm, "submit_array", None)  # nothing is left to submit
+    assert run_verb(kfold.main, argv(folded, tmp_path / "runs", "--slurm=--gpus 2")) == 0
+    made = [json.loads((runs / "demo-kfold" / "oof.json").read_text()) for runs in (finished, tmp_path / "runs")]
+    assert made[0]["scores"] == made[1]["scores"] and "out of fold" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def build_aa(policy: str, size: int, mean: tuple[float, ...]) -> Augment:
     except (AssertionError, KeyError, ValueError, IndexError) as error:
         raise UserError(
             f"--aa {policy}: timm does not know this policy ({error}); e.g. rand-m9-mstd0.5-inc1, or one of ours: "
-            f"{', '.join(POLICIES)}"
+            f"{', '.join(POLICIES)}; `--aa=` for none"
         ) from error
     if isinstance(made, auto_augment.RandAugment):
         return partial(_rand_augment, made)

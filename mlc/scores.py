@@ -57,8 +57,8 @@ def main(argv: list[str] | None = None) -> int | None:
         raise UserError(f"{submissions[0]} has label sets and no probabilities; there is nothing to calibrate")
     truth = _truth(options, files)
     answers = [_answer(file, truth, options) for file in files]
-    results: dict[str, Any] = evaluated(*answers[0], truth.target, truth.groups)
     card = Scorecard(*answers[0], truth.target, truth.groups)
+    results: dict[str, Any] = evaluated(card, answers[0][0], truth.target)
     weights = bootstrap.draws(len(card), options.bootstrap, options.seed) if options.bootstrap else None
     if weights is not None:
         results["intervals"] = {name: list(found) for name, found in bootstrap.intervals(card, weights).items()}
@@ -84,14 +84,12 @@ def main(argv: list[str] | None = None) -> int | None:
     return None
 
 
-def evaluated(
-    scores: np.ndarray | None, predicted: np.ndarray, target: np.ndarray, groups: Mapping | None = None
-) -> dict[str, float]:
+def evaluated(card: Scorecard, scores: np.ndarray | None, target: np.ndarray) -> dict[str, float]:
     """{metric: value} of `Scorecard.at`, and of probabilities also f1_samples@tuned and its `threshold`.
 
-    scores float32 or None, predicted and target bool, all [N, C].
+    scores float32 or None, target bool, [N, C] each, those of the card.
     """
-    found = {name: float(value[0]) for name, value in Scorecard(scores, predicted, target, groups).at().items()}
+    found = {name: float(value[0]) for name, value in card.at().items()}
     if scores is not None:
         threshold, value = thresholds.best_global_threshold(scores, target)
         found |= {"f1_samples@tuned": value, "threshold": threshold}

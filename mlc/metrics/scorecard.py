@@ -7,17 +7,18 @@ out of `map`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.sparse import csr_array
+from scipy.sparse import csc_array, csr_array
 
 from mlc.metrics.ranking import ranking
 
 BINS = 15  # of the expected calibration error
 BLOCK = 1 << 23  # weights handled at a time as float64
 LOWER_IS_BETTER = ("loss", "ranking_loss", "coverage_error", "ece")
-_ROWS = 4096  # images a pass over the scores looks at together
+_ROWS = 256  # images a pass over the scores looks at together: with a thousand classes they stay in the cache
 
 
 class Scorecard:
@@ -62,7 +63,8 @@ class Scorecard:
         Metrics: loss, map, precision, recall, f1 and f2 as _samples, _micro, _macro and _weighted, CP, CR, CF1, OP, OR,
         OF1, ranking_loss, coverage_error, lrap, ece; for a group map, f1 and f2, such as f1_micro/NAME, not weighted.
         """
-        weights = np.ones((len(self), 1), np.uint8) if weights is None else weights
+        once = weights is None
+        weights = np.ones((len(self), 1), np.uint8) if once else weights
         step = max(1, BLOCK // max(1, len(self)))
         blocks = [
             weights[:, start : start + step].astype(np.float64) for start in range(0, max(1, weights.shape[1]), step)
@@ -71,11 +73,16 @@ class Scorecard:
         found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         if self._scores is None:
             return found
-        precision = average_precision(self._scores, self._target, weights)
+        precision = self._precision if once else average_precision(self._scores, self._target, weights)
         ranked = {
             _named("map", name): mean_of_present(precision[list(columns)]) for name, columns in self._groups.items()
         }
         return {"loss": found.pop("loss")} | ranked | found
+
+    @cached_property
+    def _precision(self) -> NDArray[np.float64]:
+        """[C, 1]: average precision with every image once."""
+        return average_precision(self._scores, self._target, np.ones((len(self), 1), np.uint8))
 
     def classes(self) -> dict[str, NDArray]:
         """{support, predicted, ap, precision, recall, f1}: [C] each; ap is nan without positives or scores."""
@@ -83,7 +90,7 @@ class Scorecard:
         found = {"support": true.astype(np.int64), "predicted": chosen.astype(np.int64)}
         found["ap"] = np.full(len(true), np.nan)
         if self._scores is not None:
-            found["ap"] = average_precision(self._scores, self._target, np.ones((len(self), 1), np.uint8))[:, 0]
+            found["ap"] = self._precision[:, 0]
         rates = dict(_rates(hits, chosen, true))
         return found | {name: rates[name] for name in ("precision", "recall", "f1")}
 
@@ -139,26 +146,33 @@ def calibration_bins(scores: NDArray, target: NDArray) -> NDArray[np.float64]:
 
 
 def average_precision(scores: NDArray, target: NDArray, weights: NDArray) -> NDArray[np.float64]:
-    """[C, B]: `multilabel.average_precision` with image i counted weights[i, b] times; nan without positives."""
+    """[C, B]: `multilabel.average_precision` with image i counted weights[i, b] times; nan without positives.
+
+    weights are whole numbers, of a sum up to 2^24 for each b.
+    """
     found = np.full((target.shape[1], weights.shape[1]), np.nan)
-    for column in np.flatnonzero(target.any(0)):
-        found[column] = _average_precision(scores[:, column], target[:, column], weights)
+    columns = np.flatnonzero(target.any(0))
+    step = max(1, 4 * BLOCK // max(1, len(target)))
+    for start in range(0, weights.shape[1], step):
+        some = weights[:, start : start + step].astype(np.float32)  # adds whole numbers without error, up to 2^24
+        for column in columns:
+            own = np.ascontiguousarray(scores[:, column])
+            found[column, start : start + step] = _average_precision(own, target[:, column], some)
     return found
 
 
 def _average_precision(scores: NDArray, positive: NDArray, weights: NDArray) -> NDArray:
     """Only the ranks at which a positive is found matter; the images between two of them are one sum of weights."""
-    order = np.argsort(scores)[::-1]
-    ranked = scores[order]
-    ends = np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True)) + 1  # of each run of equal scores
-    found = np.cumsum(positive[order])[ends - 1]
-    ends = ends[np.diff(found, prepend=0) > 0]
-    places = np.flatnonzero(positive[order])
-    first = np.searchsorted(places, np.append(0, ends[:-1]))
-    gained = np.add.reduceat(weights[order[places]], first, axis=0, dtype=np.float64)
-    every = np.add.reduceat(weights[order[: ends[-1]]], np.append(0, ends[:-1]), axis=0, dtype=np.float64)
-    hits = np.cumsum(gained, axis=0)
-    area = (gained * hits / np.maximum(np.cumsum(every, axis=0), 1)).sum(0)
+    levels = np.unique(scores[positive])
+
+    def sums(mask: NDArray) -> NDArray[np.float64]:
+        """[levels, B]: of the weights of these images at or above each level, the highest level first."""
+        level = len(levels) - np.searchsorted(levels, scores[mask], side="right")
+        each = (np.ones(level.size, np.float32), level, np.append(0, np.cumsum(mask)))
+        return np.cumsum(csc_array(each, shape=(len(levels), len(mask))) @ weights, axis=0, dtype=np.float64)
+
+    hits, every = sums(positive), sums(scores >= levels[0])
+    area = (np.diff(hits, axis=0, prepend=0) * hits / np.maximum(every, 1)).sum(0)
     return np.divide(area, hits[-1], out=np.full(weights.shape[1], np.nan), where=hits[-1] > 0)
 
 

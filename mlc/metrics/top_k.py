@@ -100,7 +100,8 @@ class _Group:
         free = possible[:, least:most]
         entries = Entries(*(matrix[:, least:most][free] for matrix in (self._ranked, self._units, self._hits)))
         gains = entries.gains(own)
-        end = int(entries.ends[np.argmax(gains[entries.ends])])
+        ends = entries.ends()
+        end = int(ends[np.argmax(gains[ends])])
         return own.value() + float(gains[end]), Bounds(entries.between(end), least, most)
 
     def _per_unit(self, mask: NDArray, units: int) -> NDArray:

@@ -118,7 +118,7 @@ def test_leaving_the_low_scores_out_changes_nothing(metric, gap, monkeypatch):
     if gap == 4:
         block = threshold_search.Block(scores, target, metric, slice(None), None)
         assert len(block.entries.scores) < scores.size / 4
-    monkeypatch.setattr(threshold_search, "_floor", lambda scores, count: -np.inf)
+    monkeypatch.setattr(threshold_search, "_floor", lambda *_: -np.inf)
     for case, start, (thresholds, reached) in zip(cases, starts, pruned, strict=True):
         whole, whole_value = best_thresholds(scores, target, metric, case, start)
         assert reached == pytest.approx(whole_value, abs=1e-12)

@@ -108,7 +108,12 @@ def test_any_small_matrix(data):
 
 @pytest.mark.parametrize("metric", METRICS, ids=ids)
 @pytest.mark.parametrize("gap", [0, 1, 4])
-def test_leaving_the_low_scores_out_changes_nothing(metric, gap, monkeypatch):
+@pytest.mark.parametrize("shallow", [1, 12])
+def test_leaving_the_low_scores_out_changes_nothing(metric, gap, shallow, monkeypatch):
+    """`shallow`: with so much less room that a search must go deeper several times, rows in pieces."""
+    floor = threshold_search._floor
+    monkeypatch.setattr(threshold_search, "_floor", lambda s, columns, count: floor(s, columns, count // shallow))
+    monkeypatch.setattr(threshold_search, "CHUNK", threshold_search.CHUNK if shallow == 1 else 700)
     rng = np.random.default_rng(gap)
     target = rng.random((200, 60)) < 0.01
     scores = (1 / (1 + np.exp(5 - gap * target - rng.standard_normal(target.shape)))).astype(np.float32)

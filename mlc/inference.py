@@ -75,7 +75,7 @@ def logits_of_rows(
     one, and without images there is one view. Models are left in the mode they were in. `answer` is what to take from a
     model, image and batch in place of logits, float32 [B, any number].
     """
-    ask = answer or _answer
+    ask = answer or answered
     modes = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
@@ -111,7 +111,7 @@ def logits_of_rows(
         module.training = mode
 
 
-def _answer(model: torch.nn.Module, image: torch.Tensor | None, batch: Batch) -> torch.Tensor:
+def answered(model: torch.nn.Module, image: torch.Tensor | None, batch: Batch) -> torch.Tensor:
     """Logits float32 [B, C] of an image, with captions those of the average of the probabilities with each of them."""
     if "tokens" not in batch:
         return model(batch.get("features", image)).float()

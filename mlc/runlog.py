@@ -24,6 +24,7 @@ from mlc.clock import Clock
 from mlc.config import Config
 from mlc.data.dataset import Batch
 from mlc.data.mixing import Mix
+from mlc.environment import write_environment
 from mlc.flags import write_yaml
 from mlc.logfile import read_log
 from mlc.mirrors import Mirror, open_mirrors
@@ -52,6 +53,7 @@ class RunLog:
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             write_yaml(config, folder / "args.yaml")
+            write_environment(folder)
             self._file = _open_until(self._path, -1 if resumed_step is None else resumed_step)
         self._mirrors = open_mirrors(folder, config, self.say, resumed_step)
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole job on demo data: make it, pack it, train on two processes, stop, resume, evaluate, predict. Called by `make demo`.
+# The whole job on demo data: make it, pack it, train on two processes, stop, resume, evaluate, predict, report. Called by `make demo`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
@@ -42,11 +42,15 @@ show mlc eval --run runs/demo --data data/demo-shards --split val --json
 stage "predict with TTA"
 show "${launch[@]}" -m mlc predict --run runs/demo --data data/demo-shards --split test --tta hflip
 
+stage "report"
+show mlc report runs/demo --data data/demo-shards --out runs/demo/report.html
+
 stage ""
 printf '\nTimes:%s\n  %-28s %4d s\n' "$report" total $((SECONDS - begin))
 cat <<'TEXT'
 
 Where to look:
+  runs/demo/report.html                  open it in a browser: numbers, curves, classes, what it gets wrong, where it looks
   runs/demo/predictions/val.png          validation images with what was found, missed and wrongly predicted
   runs/demo/predictions/submission.csv   the submission, and test.csv beside it with the probabilities
   runs/demo/summary.csv                  one line per evaluation; log.jsonl has everything

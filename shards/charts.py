@@ -19,7 +19,8 @@ SERIES = [f"#0a0b{n:02x}" for n in range(1, 7)]
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "mlc",  # the same data gives the same page
-    "font.size": 9,
+    "font.size": 10,
+    "axes.labelpad": 6,  # the browser's font may be wider than the one that is measured here
     "text.color": INK,
     "axes.edgecolor": GRID,
     "axes.labelcolor": INK,
@@ -107,23 +108,34 @@ def curves(
     name: str,
     diagonal: bool = False,
     at: float | None = None,
+    xlim: tuple[float, float] | None = None,
+    styles: Mapping[str, tuple[int, bool]] | None = None,
 ) -> str:
-    """Lines y(x), (x, y) each; nan leaves a gap. Dashed, for comparison: y = x for `diagonal`, x = `at`."""
+    """Lines y(x), (x, y) each; nan leaves a gap. Dotted, for comparison: y = x for `diagonal`, x = `at`.
+
+    styles: for each line which of the colours it has and whether it is dashed (default: one after another, none).
+    """
     with rc_context(STYLE):
         figure, axes = _axes()
-        for color, (x, y) in zip(_colors(series), series.values(), strict=True):
-            axes.plot(x, y, color=color, linewidth=1.5, marker="o" if len(x) < 25 else None, markersize=3)
+        for number, (name_of_line, (x, y)) in enumerate(series.items()):
+            place, dashed = (styles or {}).get(name_of_line, (number, False))
+            drawn = {"color": SERIES[place % len(SERIES)], "linestyle": (0, (3, 2)) if dashed else "-"}
+            face = {"markerfacecolor": "none"} if dashed else {}
+            axes.plot(x, y, linewidth=1.5, marker="o" if len(x) < 25 else None, markersize=3, **drawn, **face)
         if diagonal:
-            axes.axline((0, 0), slope=1, color=INK, linewidth=0.8, linestyle="--")
+            axes.axline((0, 0), slope=1, color=INK, linewidth=1, linestyle=":")
             axes.set(xlim=(0, 1), ylim=(0, 1))
         if at is not None:
-            axes.axvline(at, color=INK, linewidth=0.8, linestyle="--")
+            axes.axvline(at, color=INK, linewidth=1, linestyle=":")
         axes.set(xlabel=xlabel, ylabel=ylabel)
+        if xlim:
+            axes.set_xlim(xlim)
         return _svg(figure, label, name)
 
 
 def _axes() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(4.0, 2.5), layout="constrained")
+    figure = Figure(figsize=(4.0, 2.6), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.07, h_pad=0.05)
     axes = figure.subplots()
     axes.grid(True)
     return figure, axes

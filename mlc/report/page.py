@@ -5,13 +5,14 @@ The page style, the tables that sort and the content security policy are those o
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jinja2 import PackageLoader
 
 from mlc.data.remote import open_reader
 from mlc.metrics import bootstrap
-from mlc.report import gallery, sections
+from mlc.report import decisions, gallery, sections
 from mlc.report.runs import Run, Scored, Subject, open_runs, scored, subject_of
 from shards.console import Parser, UserError, say
 from shards.files import whole
@@ -61,20 +62,23 @@ def page_of(subject: Subject, found: list[Scored], *, draws: int, maps: int) -> 
         curves=sections.curves(runs),
         groups=sections.groups(subject, found, weights),
         classes=sections.classes(subject, found),
-        thresholds=sections.threshold_curves(found, target),
+        rules=decisions.rules(found, subject),
+        thresholds=decisions.curves(found, subject),
         calibration=sections.calibrated(found, target),
         together=sections.together(subject),
         confusions=[made for one in found if (made := sections.confusion(one, subject))],
         galleries=[(one.run.name, gallery.gallery(one, subject, images)) for one in found],
-        attention=[(one.run.name, _attention(one, subject, maps)) for one in found] if maps else [],
+        attention=[_attention(one, subject, maps) for one in found] if maps else [],
         data=sections.data(subject, runs),
         speed=sections.speed(runs),
+        environment=list(dict.fromkeys(name for run in runs for name in run.environment)),
         settings=sections.settings(runs),
     )
 
 
-def _attention(one: Scored, subject: Subject, count: int) -> list[dict]:
-    """Cards with a map for a class of some images: the likeliest of the best ones, the wrong one of the surest."""
+def _attention(one: Scored, subject: Subject, count: int) -> dict[str, Any]:
+    """{name, cards, why, places}: cards with a map for a class of some images, the likeliest of the best ones and the
+    wrong one of the surest; why there are none; (h, w) of the maps."""
     from mlc.report.attention import overlays
 
     kinds = gallery.chosen(one, subject)
@@ -83,14 +87,16 @@ def _attention(one: Scored, subject: Subject, count: int) -> list[dict]:
     absent = np.where(subject.truth.target, -1.0, one.scores)
     columns |= {place: int(absent[place].argmax()) for place in wrong}
     wanted = {place: (int(subject.rows[place]), column) for place, column in columns.items()}
-    made = overlays(one.run, open_reader(subject.index), list(wanted.values()))
-    return [
-        gallery.card(one, subject, place, made[key][0])
-        | {"map": made[key][1], "of": subject.truth.classes[key[1]], "score": float(one.scores[place, key[1]])}
+    made, why = overlays(one.run, open_reader(subject.index), list(wanted.values()))
+    cards = [
+        gallery.card(one, subject, place, made[key].seen)
+        | {"map": made[key].hot, "of": subject.truth.classes[key[1]], "score": float(one.scores[place, key[1]])}
         | {"right": bool(subject.truth.target[place, key[1]])}
         for place, key in wanted.items()
         if key in made
     ]
+    places = next((overlay.places for overlay in made.values()), None)
+    return {"name": one.run.name, "cards": cards, "why": why, "places": places}
 
 
 def _parser() -> Parser:

@@ -42,8 +42,13 @@ class Run:
 
     @cached_property
     def minutes(self) -> float | None:
-        file = self.folder / "seconds"
-        return sum(map(float, file.read_text().split())) / 60 if file.exists() else None
+        """Of training alone, without evaluations and checkpoints, which the rates of the log leave out."""
+        spent, before = 0.0, 0
+        for line in self.log:
+            if rate := line.get("train/img_per_sec"):
+                spent += (line["samples_seen"] - before) / rate
+                before = line["samples_seen"]
+        return spent / 60 if spent else None
 
     @cached_property
     def megabytes(self) -> float:
@@ -59,16 +64,21 @@ class Run:
 
     @cached_property
     def environment(self) -> dict[str, str]:
-        """What the last checkpoint says it was trained with."""
-        files = sorted(self.folder.glob("checkpoints/step-*/meta.json"))
-        try:
-            meta = json.loads(files[-1].read_text()) if files else {}
-        except (OSError, ValueError):
-            meta = {}
+        """What it was trained with; of an older run, what its last checkpoint says."""
+        if found := _json(self.folder / "environment.json"):
+            return {name: str(value) for name, value in found.items()}
+        metas = sorted(self.folder.glob("checkpoints/step-*/meta.json"))
+        meta = _json(metas[-1]) if metas else {}
         found = {name: str(value) for name, value in meta.get("versions", {}).items()}
-        if "world_size" in meta:
-            found["processes"] = str(meta["world_size"])
-        return found
+        return found | ({"processes": str(meta["world_size"])} if "world_size" in meta else {})
+
+    @cached_property
+    def tuned(self) -> dict[str, Any]:
+        """`best/thresholds-curves.json` of `mlc tune`; {} where there is none, or a rule that was written later."""
+        found = _json(self.folder / "best" / "thresholds-curves.json")
+        chosen = found.get("rules", {}).get(found.get("chosen"), {})
+        same = "honest" in self.rule and chosen.get("honest") == self.rule["honest"]
+        return found if same and chosen.get("in_sample") == self.rule.get("value") else {}
 
     def curve(self, metric: str) -> tuple[list[float], list[float]]:
         """(epochs, values) of a number of the log."""
@@ -115,6 +125,14 @@ def open_runs(folders: Sequence[str], split: str) -> list[Run]:
         replace(run, name=path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}")
         for run, path in zip(runs, paths, strict=True)
     ]
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """{} for a file that is missing or cut."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def _open(folder: Path, split: str) -> Run:

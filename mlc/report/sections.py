@@ -30,10 +30,10 @@ HEADLINE = {
     "loss": "loss (cross entropy)",
     "ece": "calibration error (ECE)",
 }
-GRID = np.arange(1, 50) / 50  # thresholds of the curves
-CURVE_IMAGES = 10_000  # whose curves are drawn, evenly spread
 HEAT = 24  # classes of a heat map
 PAIRS = 30
+LEAST_MISSED = 5  # images on which a label is missed, below which a share of them says nothing
+COUNTS = "images with 0, 1, 2, ... labels"  # a row of `overview` that the page draws
 NOT_SETTINGS = ("experiment", "output", "resume", "seed")  # differ between any two runs, and say nothing
 
 
@@ -105,12 +105,15 @@ def classes(subject: Subject, found: Sequence[Scored]) -> list[dict[str, Any]]:
 # ---- charts ----------------------------------------------------------------------------------------------------------
 
 
-def curves(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Charts {title, names, svg} of what the logs have, x in epochs, a line per run."""
+def curves(runs: Sequence[Run]) -> dict[str, Any]:
+    """Of what the logs have: `charts` {title, names, svg}, x in epochs, a colour per run, and `once`, what was measured
+    only once: (title, a text per run)."""
     metric = str(runs[0].settings.get("eval_metric", "f1_samples@tuned"))
+    losses = {str(run.settings.get("loss")) for run in runs}
+    kinds = f", of different kinds ({', '.join(sorted(losses))}): not to be compared" if len(losses) > 1 else ""
     wanted = {
-        "Training loss": ("train/loss", "loss"),
-        "Validation loss": ("/loss", "loss"),
+        f"Training loss{kinds}": ("train/loss", "loss"),
+        f"Validation loss{kinds}": ("/loss", "loss"),
         f"Validation {metric}": (f"/{metric}", metric),
         "Validation mAP": ("/map", "mAP"),
         "Learning rate": ("train/lr", "learning rate"),
@@ -118,52 +121,44 @@ def curves(runs: Sequence[Run]) -> list[dict[str, Any]]:
         "Images per second": ("train/img_per_sec", "images / s"),
         "Time spent waiting for data": ("data/wait_frac", "share"),
     }
-    shown = []
+    shown, once = [], []
+    last = max((line["epoch"] for run in runs for line in run.log if "epoch" in line), default=0)
     for title, (key, ylabel) in wanted.items():
-        series = {}
-        for run in runs:
-            for name in (f"val{key}", f"val_ema{key}") if key.startswith("/") else (key,):
-                x, y = run.curve(name)
-                if x:
-                    averaged = ", averaged weights" if name.startswith("val_ema") else ""
-                    series[f"{run.name}{averaged}"] = (x, y)
-        if series:
-            shown.append(_chart(f"{title}.", series, "epoch", ylabel, f"curve{len(shown)}"))
-    return shown
+        lines = _lines(runs, key)
+        if any(len(x) > 1 for x, _ in lines.values()):
+            shown.append(_run_chart(title, runs, lines, ylabel, f"curve{len(shown)}", last))
+        elif lines:
+            once.append((title, [_once(lines, place) for place in range(len(runs))]))
+    return {"charts": shown, "once": once}
 
 
-def _chart(title: str, series: Mapping, xlabel: str, ylabel: str, name: str) -> dict[str, Any]:
+def _lines(runs: Sequence[Run], key: str) -> dict[tuple[int, bool], tuple[list[float], list[float]]]:
+    """{(place of the run, whether its averaged weights): (epochs, values)}; a key with / in front: of evaluations."""
+    lines = {}
+    for place, run in enumerate(runs):
+        for name in (f"val{key}", f"val_ema{key}") if key.startswith("/") else (key,):
+            if (points := run.curve(name))[0]:
+                lines[place, name.startswith("val_ema")] = points
+    return lines
+
+
+def _once(lines: Mapping[tuple[int, bool], tuple], place: int) -> str:
+    parts = [(" (averaged weights)" if of[1] else "", y[-1]) for of, (_, y) in lines.items() if of[0] == place]
+    return ", ".join(f"{value:.4f}{averaged}" for averaged, value in parts)
+
+
+def _run_chart(title: str, runs: Sequence[Run], lines: Mapping, ylabel: str, name: str, last: float) -> dict[str, Any]:
     """The last value of each line is in words, for who cannot see it; names of runs stay out of the picture."""
-    ends = ", ".join(f"{y[-1]:.4g}" for _, y in series.values())
-    label = f"{ylabel} by {xlabel}, {len(series)} line{'s' * (len(series) > 1)}, at the end {ends}"
-    svg = Markup(charts.curves(series, label, xlabel, ylabel, name=name))
-    return {"title": title, "names": list(series), "svg": svg}
-
-
-def threshold_curves(found: Sequence[Scored], target: np.ndarray) -> list[dict[str, Any]]:
-    """One chart per run: F1 over samples, micro and macro, by one threshold for all classes."""
-    shown = []
-    for number, one in enumerate(found):
-        rows = np.unique(np.linspace(0, len(target) - 1, min(len(target), CURVE_IMAGES)).astype(int))
-        scores, true = one.scores[rows], target[rows]
-        values = np.array([_f1(scores > threshold, true) for threshold in GRID]).T
-        series = {kind: (GRID, line) for kind, line in zip(("samples", "micro", "macro"), values, strict=True)}
-        best = GRID[values.argmax(1)]
-        label = "F1 by threshold, highest for " + ", ".join(
-            f"{kind} at {place:.2f} ({line.max():.3f})" for kind, place, line in zip(series, best, values, strict=True)
-        )
-        own = one.run.rule["global"] if one.run.rule.get("rule", "global") == "global" else None
-        svg = Markup(charts.curves(series, label, "threshold", "F1", name=f"thresholds{number}", at=own))
-        shown.append(
-            {"title": f"{one.run.name}: F1 by one threshold for all classes.", "names": list(series), "svg": svg}
-        )
-    return shown
-
-
-def _f1(predicted: np.ndarray, target: np.ndarray) -> list[float]:
-    """Over samples, micro, macro."""
-    hits = predicted & target
-    return [float(np.mean(ratio(2 * hits.sum(axis), predicted.sum(axis) + target.sum(axis)))) for axis in (1, None, 0)]
+    ends = ", ".join(f"{y[-1]:.4g}" for _, y in lines.values())
+    label = f"{ylabel} by epoch, {len(lines)} line{'s' * (len(lines) > 1)}, at the end {ends}"
+    series = {str(number): points for number, points in enumerate(lines.values())}
+    styles = dict(zip(series, lines, strict=True))
+    axes = {"xlim": (0, 1.02 * last) if last else None, "styles": styles, "name": name}
+    dashed = "; dashed: averaged weights" if any(averaged for _, averaged in lines) else ""
+    drawn = {place for place, _ in lines}
+    names = [run.name if place in drawn else None for place, run in enumerate(runs)]
+    svg = Markup(charts.curves(series, label, "epoch", ylabel, **axes))
+    return {"title": f"{title}{dashed}.", "names": names, "svg": svg}
 
 
 def calibrated(found: Sequence[Scored], target: np.ndarray) -> dict[str, Any]:
@@ -176,7 +171,7 @@ def calibrated(found: Sequence[Scored], target: np.ndarray) -> dict[str, Any]:
         rows = [{"said": p, "true": share, "count": number} for p, share, number in bins if number]
         tables.append({"name": one.run.name, "rows": rows})
     label = (
-        "Share of true labels by predicted probability; the dashed line is perfect calibration, the table has numbers"
+        "Share of true labels by predicted probability; the dotted line is perfect calibration, the table has numbers"
     )
     svg = charts.curves(series, label, "predicted probability", "share that is true", name="reliability", diagonal=True)
     chart = {"title": "How often a probability is right.", "names": list(series), "svg": Markup(svg)}
@@ -223,11 +218,12 @@ def confusion(one: Scored, subject: Subject) -> dict[str, Any] | None:
                     "times": float(both[i, j] / max(expected[i, j], 1e-9)),
                 }
             )
-    rows = [int(c) for c in np.argsort(-times, kind="stable")[:HEAT] if times[c]]
+    rows = [int(c) for c in np.argsort(-times, kind="stable")[:HEAT] if times[c] >= LEAST_MISSED]
     columns = [int(c) for c in np.argsort(-wrong.sum(0), kind="stable")[:HEAT] if wrong[:, c].any()]
     shares = ratio(both[np.ix_(rows, columns)], np.repeat(times[rows][:, None], len(columns), axis=1))
     return {
         "run": one.run.name,
+        "least": LEAST_MISSED,
         "rows": [(subject.truth.classes[c], int(times[c])) for c in rows],
         "columns": [subject.truth.classes[c] for c in columns],
         "shares": shares.tolist(),
@@ -246,22 +242,39 @@ def data(subject: Subject, runs: Sequence[Run]) -> dict[str, Any]:
     }
     labelled = {name: found for name, found in stats.items() if "classes" in found}
     grouped = stats_facts.class_groups(subject.dataset, labelled)
+    lengths = {name: np.repeat(np.arange(len(n)), n) for name, n in _label_counts(labelled).items()}
     ranked = {group or "all classes": [row.counts[0] for row in rows] for group, rows in grouped.items()}
     label = "Images per class, from the most to the least frequent class"
     return {
         "fingerprint": subject.dataset.fingerprint,
         "splits": list(stats),
-        "overview": [(what, cells) for what, cells in overview(stats) if set(cells) != {"-"}],
+        "overview": [(what, cells) for what, cells in overview(stats) if set(cells) != {"-"} and what != COUNTS],
         "warnings": stats_facts.class_warnings(grouped, list(labelled)),
         "trained_on_other": [
             run.name for run in runs if run.info.get("mlc", {}).get("data") not in (None, subject.dataset.fingerprint)
         ],
-        "chart": {
-            "title": f"Images per class in {next(iter(labelled))}, most frequent class first.",
-            "names": list(ranked),
-            "svg": Markup(charts.ranked(ranked, label)),
-        },
+        "charts": [
+            {
+                "title": f"Images per class in {next(iter(labelled))}, most frequent class first.",
+                "names": list(ranked),
+                "svg": Markup(charts.ranked(ranked, label)),
+            },
+            {
+                "title": "Labels per image.",
+                "names": list(lengths),
+                "svg": Markup(charts.bars(lengths, _many_labels(lengths), "labels", "% of images", name="lengths")),
+            },
+        ],
     }
+
+
+def _label_counts(labelled: Mapping[str, Mapping]) -> dict[str, Sequence[int]]:
+    return {name: split["label_counts"] for name, split in labelled.items()}
+
+
+def _many_labels(lengths: Mapping[str, np.ndarray]) -> str:
+    """For who cannot see the bars; names of splits stay out of it."""
+    return "Share of images by number of labels, on average " + ", ".join(f"{n.mean():.2f}" for n in lengths.values())
 
 
 def speed(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -282,7 +295,7 @@ def speed(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 "samples": last.get("samples_seen"),
                 "mb": run.megabytes,
                 "ms_per_sample": run.results.get("ms_per_sample"),
-                "environment": ", ".join(f"{name} {value}" for name, value in run.environment.items()),
+                "environment": run.environment,
                 "wandb": run.wandb,
             }
         )
@@ -292,12 +305,15 @@ def speed(runs: Sequence[Run]) -> list[dict[str, Any]]:
 def settings(runs: Sequence[Run]) -> dict[str, Any]:
     """`differ`: the settings in which the runs are not alike, `same`: all others, (name, text or a text per run)."""
     names = sorted({name for run in runs for name in run.settings} - set(NOT_SETTINGS))
-    texts = {name: [_text(run.settings.get(name, "-")) for run in runs] for name in (*names, "seed")}
+    texts = {name: [_text(run.settings.get(name)) for run in runs] for name in (*names, "seed")}
     differ = [(name, cells) for name, cells in texts.items() if len(set(cells)) > 1]
     return {"differ": differ, "same": [(name, cells[0]) for name, cells in texts.items() if len(set(cells)) == 1]}
 
 
 def _text(value: Any) -> str:
+    """What is not set, and what older runs did not know, is one and the same: -."""
+    if value is None or value in ("", [], {}):
+        return "-"
     if isinstance(value, list):
         return redact(" ".join(map(str, value)))
     if isinstance(value, dict):

@@ -46,8 +46,9 @@ def make_run(folder: Path, data: Path, *, skill: float = 1.0, seed: int = 0, spl
     lines = [{"step": i, "samples_seen": 8 * i, "epoch": i / 4, "train/loss": 1 / i} for i in range(1, 9)]
     evaluated = {"loss": 0.3, "map": 0.5, "f1_samples@tuned": 0.6}
     averaged = {"loss": 0.2, "f1_samples@tuned": 0.5}
-    for weights, values in (("val", evaluated), ("val_ema", averaged)):
-        lines[-1] |= {f"{weights}/{name}": value for name, value in values.items()}
+    for line in lines[3::4]:
+        for weights, values in (("val", evaluated), ("val_ema", averaged)):
+            line |= {f"{weights}/{name}": value for name, value in values.items()}
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     told = {"data": [str(data)], "eval_metric": "f1_samples@tuned", "train_split": "train", "lr": 0.1, "seed": seed}
     (folder / "args.yaml").write_text(yaml.safe_dump(told | settings))
@@ -155,10 +156,14 @@ def test_runs_are_compared(both, pair):
     heads = [table[0] for table in found.tables]
     assert ["metric", "plain", "better"] in heads and ["setting", "plain", "better"] in heads
     differ = {row[0]: row[1:] for row in found.table("setting", "plain")}
-    assert differ == {"mixup": ["-", "0.4"], "seed": ["0", "1"]}
+    assert differ == {"mixup": ["–", "0.4"], "seed": ["0", "1"]}
     verdicts = {row[0]: row[3] for row in found.table("metric", "difference")}
     assert verdicts["F1 over samples"] == verdicts["mAP"] == "better"
-    assert "better, averaged weights" in text
+    heads = found.table("class", "group")
+    header = next(table[0] for table in found.tables if table[0][0] == "class")
+    assert header[3:7] == ["AP plain", "AP better", "F1 plain", "F1 better"] and header[-1] == "threshold better"
+    assert all(len(row) == len(header) for row in heads)
+    assert "Validation loss; dashed: averaged weights." in text
 
 
 def test_compare_prints_and_writes_the_same_page(pair, capsys, both):
@@ -168,6 +173,77 @@ def test_compare_prints_and_writes_the_same_page(pair, capsys, both):
     assert text == both[0]
     assert run(compare.main, [*map(str, pair), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["settings"]["mixup"] == ["-", "0.4"]
+
+
+def chart(text: str, begin: str) -> str:
+    """The SVG of the figure whose title begins so."""
+    return text[text.index(f"<figcaption>{begin}") :].split("<svg", 1)[1].split("</svg>", 1)[0]
+
+
+def test_a_run_has_one_colour_and_its_averaged_weights_are_dashed(both):
+    drawn = re.findall(
+        r'<path[^>]*style="fill: none; ([^"]*var\(--series-(\d)\)[^"]*)"', chart(both[0], "Validation loss")
+    )
+    assert [(int(color), "dasharray" in style) for style, color in drawn] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+
+
+def test_what_was_measured_once_is_a_number_and_no_chart(tmp_path, shards):
+    made = make_run(tmp_path / "run", shards)
+    lines = [json.loads(line) for line in (made / "log.jsonl").read_text().splitlines()]
+    once = [line if line["step"] == 8 else {k: v for k, v in line.items() if k[:3] != "val"} for line in lines]
+    (made / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in once))
+    text, found = report_of(made)
+    rows = {row[0]: row[1] for table in found.tables for row in table[1:]}
+    assert rows["Validation loss"] == "0.3000, 0.2000 (averaged weights)" and rows["Validation mAP"] == "0.5000"
+    assert "<figcaption>Training loss" in text and "<figcaption>Validation" not in text
+
+
+def test_losses_of_different_kinds_say_so(pair, shards, tmp_path):
+    text = report_of(make_run(tmp_path / "a", shards, loss="bce"), make_run(tmp_path / "b", shards, loss="asl"))[0]
+    assert "Validation loss, of different kinds (asl, bce): not to be compared" in text
+
+
+def tuned(run_folder: Path, shards: Path) -> dict:
+    from mlc import tune
+
+    assert run(tune.main, ["--run", str(run_folder), "--data", str(shards), "--min-positives", "2"]) == 0
+    return json.loads((run_folder / "best" / "thresholds.json").read_text())
+
+
+def test_the_honest_value_of_a_tuned_rule_stands_beside_the_other(tmp_path, shards):
+    made = make_run(tmp_path / "run", shards)
+    assert "tuned on these very images" not in report_of(made)[0]  # 0.5 is not what its threshold gives here
+    written = tuned(made, shards)
+    curves = json.loads((made / "best" / "thresholds-curves.json").read_text())
+    text, found = report_of(made)
+    assert f"<strong>{written['honest']:.4f} on images left out of the tuning</strong>" in text
+    assert f"f1_samples is {written['value']:.4f} here, where it was tuned" in text
+    rows = {row[0].removesuffix(" (chosen)"): row[1:3] for row in found.table("rule", "honest")}
+    assert rows == {n: [f"{own['honest']:.4f}", f"{own['in_sample']:.4f}"] for n, own in curves["rules"].items()}
+    assert f'<strong><span class="name">{curves["chosen"]}</span></strong>' in text
+    tops = {group: max(curve["value"]) for group, curve in curves["groups"].items()}
+    label = re.search(r'aria-label="(f1_samples by threshold[^"]*)"', text)[1]
+    assert [float(top) for top in re.findall(r"(\d\.\d{3}) at", label)][:-1] == [round(top, 3) for top in tops.values()]
+    written["value"] += 0.1  # trained on since: the curves are of another rule
+    (made / "best" / "thresholds.json").write_text(json.dumps(written))
+    text, found = report_of(made)
+    assert "where it was tuned, " in text and not [table for table in found.tables if table[0][0] == "rule"]
+
+
+def test_what_it_took(tmp_path, shards):
+    made = make_run(tmp_path / "run", shards)
+    lines = [{"step": n, "samples_seen": n, "epoch": n, "train/img_per_sec": rate} for n, rate in ((30, 1), (90, 0.5))]
+    (made / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (made / "environment.json").write_text(json.dumps({"torch": "9.9", "processes": 4}))
+    rows = {row[0]: row[1] for table in report_of(made)[1].tables for row in table[1:] if len(row) == 2}
+    assert rows["minutes"] == "2.5" and rows["torch"] == "9.9" and rows["processes"] == "4"
+    (made / "environment.json").write_text("{")
+    assert open_runs([str(made)], "val")[0].environment == {}
+
+
+def test_a_setting_that_is_not_set_does_not_differ_from_one_that_is_not_there(tmp_path, shards):
+    made = [make_run(tmp_path / "a", shards), make_run(tmp_path / "b", shards, load="", kd=None, args={}, drop=0.0)]
+    assert [row[0] for row in report_of(*made)[1].table("setting", "a")] == ["drop"]
 
 
 def test_a_run_that_was_not_scored_is_compared_by_its_log(pair, tmp_path, shards, capsys):

@@ -28,7 +28,7 @@ from shards.dataset import load_dataset
 from shards.files import disk_errors, whole
 from shards.table import found_classes
 
-METHODS = ("equal", "geometric", "rank", "tuned", "tuned-per-class", "tuned-per-group", "greedy")
+METHODS = ("equal", "geometric", "rank", "tuned", "tuned-per-class", "greedy")
 TUNED = METHODS[3:]
 FOLDS = 5  # of the honest score
 SHOWN = 6  # weights in a line of the table
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--weights {method} needs the truth: --data DIR --split S, or --truth CSV")
     rows = {}
     if target is not None:
-        rows = _table(options, files, stack, target, method, weights)
+        rows = _table(options, files, stack.values, target, method, weights)
         _print(rows, options.metric, f"{len(ids)} samples, {len(classes)} classes")
         weights = rows[method]["weights"]
     scores = _combined(stack.values, method, weights)
@@ -91,8 +91,6 @@ def _refuse(options: Namespace, files: Sequence[Path], out: Path) -> None:
         raise UserError("--compare needs the truth: --data DIR --split S, or --truth CSV")
     if options.threshold == "tuned" and not (options.data or options.truth):
         raise UserError("--threshold tuned needs the truth: --data DIR --split S, or --truth CSV")
-    if options.weights == "tuned-per-group" and not (options.data and load_dataset(options.data).groups):
-        raise UserError("--weights tuned-per-group needs classes in groups: --data DIR, packed with a classes.yaml")
     if options.metric != "map":
         Metric.of(options.metric)
 
@@ -104,7 +102,24 @@ def _asked(options: Namespace, stack: Stack) -> tuple[str, NDArray | None]:
         return text, None
     if text.endswith(".json"):
         return _read_weights(Path(text), stack)
+    if "=" in text:
+        return "given", _by_group(text, options, stack)
     return "given", _numbers(text, len(stack.values))
+
+
+def _by_group(text: str, options: Namespace, stack: Stack) -> NDArray:
+    """[M, C] of `1,0;tag=0,1`: the part without a name is for the other classes, equal where it is missing."""
+    if not options.data:
+        raise UserError(f"--weights {text}: --data DIR says which classes are in a group")
+    groups, models, place = load_dataset(options.data).groups, len(stack.values), list(stack.classes).index
+    weights = np.full((models, len(stack.classes)), 1 / models)
+    for part in sorted(text.split(";"), key=lambda part: "=" in part):  # the part for all comes first
+        name, named, numbers = part.rpartition("=")
+        if named and name not in groups:
+            raise UserError(f"--weights {text}: {options.data} has no group {name!r}{did_you_mean(name, list(groups))}")
+        columns = [place(label) for label in groups[name]] if named else slice(None)
+        weights[:, columns] = _numbers(numbers, models)[:, None]
+    return weights
 
 
 def _numbers(text: str, models: int) -> NDArray:
@@ -167,44 +182,32 @@ def _combined(stack: NDArray, method: str, weights: NDArray | None) -> NDArray:
 
 
 def _table(
-    options: Namespace, files: Sequence[Path], answers: Stack, target: NDArray, method: str, weights: NDArray | None
+    options: Namespace, files: Sequence[Path], stack: NDArray, target: NDArray, method: str, weights: NDArray | None
 ) -> dict[str, dict[str, Any]]:
     """{name: metric and map, their honest values and the weights}: the files, their plain mean, and what is asked for;
     with --compare all methods."""
-    stack, groups = answers.values, _groups(options, answers.classes)
     if stack.shape[1] < FOLDS or not target.any():
         raise UserError(f"{stack.shape[1]} samples with {int(target.sum())} labels are too few to score an ensemble by")
     rows = {}
     for file, scores in zip(_names(files), stack, strict=True):
         rows[file] = _row(options, scores[None], target, lambda stack, target: np.ones(1))
         rows[file]["weights"] = None
-    compared = [name for name in METHODS if groups or name != "tuned-per-group"] if options.compare else []
-    for name in dict.fromkeys(["equal", *compared, method]):
+    for name in dict.fromkeys(["equal", *(METHODS if options.compare else ()), method]):
         own = stack
         if name == "geometric":
             own = combine.geometric(stack)[None]
         elif name == "rank":
             own = combine.ranks(stack)
-        rows[name] = _row(options, own, target, _fit(name, weights, options.metric, groups))
+        rows[name] = _row(options, own, target, _fit(name, weights, options.metric))
         rows[name]["weights"] = rows[name]["weights"] if name in (*TUNED, "given") else None
     return rows
 
 
-def _groups(options: Namespace, classes: Sequence[str]) -> list[list[int]]:
-    """The columns of each group of --data."""
-    if not options.data:
-        return []
-    place = {name: number for number, name in enumerate(classes)}
-    return [[place[name] for name in names] for names in load_dataset(options.data).groups.values()]
-
-
-def _fit(method: str, weights: NDArray | None, metric: str, groups: list[list[int]]) -> combine.Fit:
+def _fit(method: str, weights: NDArray | None, metric: str) -> combine.Fit:
     if method == "tuned":
         return combine.tuned
     if method == "tuned-per-class":
         return combine.tuned_per_class
-    if method == "tuned-per-group":
-        return partial(combine.tuned_per_group, groups=groups)
     if method == "greedy":
         return partial(combine.greedy, metric=metric)
     return lambda stack, target: np.full(len(stack), 1 / len(stack)) if weights is None else weights
@@ -347,8 +350,8 @@ def _parser() -> Parser:
         default="equal",
         metavar="W",
         help="0.9,0.8: of each file, in their order; equal (default), geometric, rank: means of equals; with a truth "
-        "tuned (one weight per file, least cross-entropy), tuned-per-class, tuned-per-group, greedy (hill climbing on "
-        "--metric); or the NAME-weights.json of an earlier call",
+        "tuned (one weight per file, least cross-entropy), tuned-per-class, greedy (hill climbing on --metric); "
+        "'0.9,0.8;tag=0,1': others for the classes of a group of --data; or the NAME-weights.json of an earlier call",
     )
     add("--vote", action="store_true", help="labels that have more than --share of the weight, from label sets")
     add("--union", action="store_true", help="labels that any file has, each above its own --threshold")

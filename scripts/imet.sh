@@ -86,10 +86,10 @@ once "$OUT/2-filter/test.pseudo.arrow" mlc pseudo "$OUT/2-filter/test.csv" --dat
 zoo 3-pseudo --drop-rows "$OUT/1-zoo/noise/drop.csv" --data "pseudo:$OUT/2-filter/test.pseudo.arrow"
 decide 3-pseudo
 
-# ---- 4: the models of stage 3 go on with the tags alone; each group of classes takes the weights that suit it
+# ---- 4: the models of stage 3 go on with the tags alone, and are asked for them alone
 zoo 4-tags-alone --drop-rows "$OUT/1-zoo/noise/drop.csv" --groups "$GROUP" "${TAGS[@]}" \
   --no-pretrained --pretrained-path "$OUT/3-pseudo-{recipe}-fold{fold}/last"
-once "$OUT/4-tags/oof-weights.json" mlc ensemble "$OUT/3-pseudo/oof.csv" "$OUT/4-tags-alone/oof.csv" --weights tuned-per-group \
+once "$OUT/4-tags/oof-weights.json" mlc ensemble "$OUT/3-pseudo/oof.csv" "$OUT/4-tags-alone/oof.csv" --weights "1,0;$GROUP=0,1" \
   --data "$DATA" --split train --metric f2_samples --out "$OUT/4-tags/oof.csv"
 once "$OUT/4-tags/test.csv" mlc ensemble "$OUT/3-pseudo/test.csv" "$OUT/4-tags-alone/test.csv" \
   --weights "$OUT/4-tags/oof-weights.json" --out "$OUT/4-tags/test.csv"

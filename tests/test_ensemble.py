@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -136,9 +137,7 @@ def test_compare_shows_all_kinds_and_the_honest_best(world, tmp_path, capsys):
     argv = ["a.csv", "b.csv", "c.arrow", "--truth", "truth.csv", "--compare", "--metric", "f1_micro"]
     assert call(tmp_path, *out(tmp_path, *argv)) == 0
     shown = capsys.readouterr().out
-    methods = [name for name in ensemble.METHODS if name != "tuned-per-group"]  # there are no groups
-    assert all(name in shown for name in (*methods, "a.csv", "b.csv", "c.arrow", "best honest f1_micro"))
-    assert "tuned-per-group" not in shown
+    assert all(name in shown for name in (*ensemble.METHODS, "a.csv", "b.csv", "c.arrow", "best honest f1_micro"))
     np.testing.assert_allclose(
         table(tmp_path / "out.csv"), np.mean([world[n] for n in "abc"], axis=0), atol=1e-6
     )  # what was asked for: equal
@@ -299,27 +298,31 @@ def test_any_fbeta_scores_an_ensemble(world, tmp_path, capsys):
     assert tuned["metric"] == "f2_samples" and tuned["value"] == pytest.approx(max(every))
 
 
-def test_weights_of_each_group_of_a_packed_data_set(shards, tmp_path, capsys):
+def test_a_group_of_a_packed_data_set_has_weights_of_its_own(shards, tmp_path, capsys):
+    """As where one model was trained for the tags alone: on the split with labels, then on the one without."""
     dataset = load_dataset(shards)
-    index = open_index(dataset, "val")
-    target = index.targets(np.arange(len(index))) > 0.5
-    ids, classes = index.batch.column("image_id").to_pylist(), dataset.classes[::-1]
-    known, rest = next(iter(dataset.groups)), np.full(target.shape, 0.5, np.float32)
-    good = np.where(target, 0.9, 0.1)[:, ::-1].astype(np.float32)
-    mine = np.array([name in dataset.groups[known] for name in classes])
-    write_probabilities(tmp_path / "a.csv", ids, classes, np.where(mine, good, rest))  # knows one group
-    write_probabilities(tmp_path / "b.csv", ids, classes, np.where(mine, rest, good))  # and this one the others
-    argv = ["a.csv", "b.csv", "--data", str(shards), "--weights", "tuned-per-group"]
-    assert call(tmp_path, *out(tmp_path, *argv)) == 0
-    weights = json.loads((tmp_path / "out-weights.json").read_text())["weights"]
-    for name, pair in weights.items():
-        assert pair == pytest.approx(
-            [float(name in dataset.groups[known]), float(name not in dataset.groups[known])], abs=1e-6
-        )
-    scores = read_stack([tmp_path / "out.csv"]).values[0]
-    np.testing.assert_allclose(scores, good, atol=1e-5)
-    assert call(tmp_path, *out(tmp_path, "a.csv", "b.csv", "--weights", "tuned-per-group")) == 2
-    assert "--weights tuned-per-group needs classes in groups" in capsys.readouterr().err
+    ids = open_index(dataset, "val").batch.column("image_id").to_pylist()
+    first, other = dataset.groups
+    classes = dataset.classes[::-1]
+    mine = np.array([name in dataset.groups[other] for name in classes])
+    a, b = np.random.default_rng(0).random((2, len(ids), len(classes))).astype(np.float32)
+    write_probabilities(tmp_path / "a.csv", ids, classes, a)
+    write_probabilities(tmp_path / "b.csv", ids, classes, b)
+    argv = ["a.csv", "b.csv", "--data", str(shards), "--weights"]
+    for text, expected in (
+        (f"1,0;{other}=0,1", np.where(mine, b, a)),
+        (f"{other}=1,3;3,1", np.where(mine, (a + 3 * b) / 4, (3 * a + b) / 4)),
+        (f"{first}=0,1", np.where(mine, (a + b) / 2, b)),
+    ):
+        assert call(tmp_path, *out(tmp_path, *argv, text)) == 0
+        np.testing.assert_allclose(read_stack([tmp_path / "out.csv"]).values[0], expected, atol=1e-6)
+        shutil.copy(tmp_path / "out-weights.json", tmp_path / "w.json")
+        assert call(tmp_path, *out(tmp_path, "a.csv", "b.csv", "--weights", str(tmp_path / "w.json"))) == 0
+        np.testing.assert_allclose(read_stack([tmp_path / "out.csv"]).values[0], expected, atol=1e-6)
+    for text, words in (("1,0;digits=0,1", "has no group 'digits'"), (f"{other}=1", "1 weights for 2 files")):
+        assert call(tmp_path, *out(tmp_path, *argv, text)) == 2 and words in capsys.readouterr().err
+    assert call(tmp_path, *out(tmp_path, "a.csv", "b.csv", "--weights", f"{other}=0,1")) == 2
+    assert "--data DIR says which classes are in a group" in capsys.readouterr().err
 
 
 def test_the_truth_of_a_packed_data_set(shards, tmp_path, capsys):

@@ -6,7 +6,7 @@ Answers are a stack [M, N, C]: models, samples, classes. Weights are [M], or [M,
 over the models.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -84,14 +84,6 @@ def tuned_per_class(stack: NDArray, target: NDArray, prior: float = PRIOR) -> ND
     together = tuned(stack, target)
     columns = range(stack.shape[2])
     return np.stack([_least(stack[:, :, [c]], target[:, [c]], together, prior) for c in columns], axis=1)
-
-
-def tuned_per_group(stack: NDArray, target: NDArray, groups: Iterable[Sequence[int]]) -> NDArray[np.float64]:
-    """[M, C]: `tuned` for each group of columns by itself; the columns of no group have the weights of all classes."""
-    weights = np.repeat(tuned(stack, target)[:, None], stack.shape[2], axis=1)
-    for columns in map(list, groups):
-        weights[:, columns] = tuned(stack[:, :, columns], target[:, columns])[:, None]
-    return weights
 
 
 def greedy(stack: NDArray, target: NDArray, metric: str = "f1_samples") -> NDArray[np.float64]:

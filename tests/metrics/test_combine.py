@@ -113,17 +113,6 @@ def test_each_class_has_its_own_weights_and_a_rare_one_those_of_all():
     assert drawn[0, 0] < 0.5 < drawn[0, 3]  # each class trusts the model that knows it
 
 
-def test_each_group_has_the_weights_of_its_columns_alone():
-    stack, target = answers(5, samples=300)
-    stack[1, :, :2] = np.where(target[:, :2], 0.9, 0.1)  # the second model knows the first two classes
-    weights = combine.tuned_per_group(stack, target, [[0, 1], [3]])
-    for columns in ([0, 1], [3]):
-        own = combine.tuned(stack[:, :, columns], target[:, columns])
-        np.testing.assert_allclose(weights[:, columns], np.stack([own] * len(columns), 1))
-    np.testing.assert_allclose(weights[:, 2], combine.tuned(stack, target))  # in no group
-    assert weights[1, 0] > 0.95 > weights[1, 3]
-
-
 @pytest.mark.parametrize("metric", ["f1_samples", "f2_samples", "map"])
 def test_greedy_is_caruanas_loop(metric):
     """Written down once more with lists."""

@@ -85,11 +85,13 @@ def _square(tokens: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Overlay:
-    """An image as the model sees it and the same with its attention, data URLs; `places` (h, w) of the map."""
+    """An image as the model sees it and the same with its attention, data URLs; `places` (h, w) of the map; `empty`:
+    none of them speaks for the class."""
 
     seen: str
     hot: str
     places: tuple[int, int]
+    empty: bool
 
 
 def overlays(
@@ -121,7 +123,7 @@ def _overlay(
     share = 0.65 * (heat.astype(np.float32) / 255)[..., None]
     grey = np.asarray(seen.convert("L").convert("RGB"), np.float32)
     hot = Image.fromarray((grey * (1 - share) + HOT * share).astype(np.uint8))
-    return Overlay(_jpeg(seen), _jpeg(hot), tuple(cam.shape[-2:]))
+    return Overlay(_jpeg(seen), _jpeg(hot), tuple(cam.shape[-2:]), not cam.any())
 
 
 def _jpeg(image: Image.Image) -> str:

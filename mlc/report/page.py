@@ -91,7 +91,7 @@ def _attention(one: Scored, subject: Subject, count: int) -> dict[str, Any]:
     cards = [
         gallery.card(one, subject, place, made[key].seen)
         | {"map": made[key].hot, "of": subject.truth.classes[key[1]], "score": float(one.scores[place, key[1]])}
-        | {"right": bool(subject.truth.target[place, key[1]])}
+        | {"right": bool(subject.truth.target[place, key[1]]), "empty": made[key].empty}
         for place, key in wanted.items()
         if key in made
     ]

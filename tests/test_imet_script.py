@@ -20,17 +20,16 @@ ROOT = Path(__file__).parents[1]
 MLC = f"""#!{sys.executable}
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]
-from test_imet_script import stand_in
-sys.exit(stand_in(sys.argv[1:]))
+if sys.argv[1] == "kfold":
+    from test_imet_script import stand_in as main
+else:
+    from mlc.cli import main
+sys.exit(main(sys.argv[1:]))
 """
 
 
 def stand_in(argv: list[str]) -> int:
-    """`mlc` whose `kfold` writes down its flags, and predictions that are better in every later stage."""
-    if argv[0] != "kfold":
-        from mlc.cli import main
-
-        return main(argv)
+    """A `mlc kfold` that writes down its flags, and predictions that are better in every later stage."""
     cut = argv.index("--predict")
     assert argv[cut : cut + 6] == ["--predict", "test", "--weights", "last", "--tta", "hflip"]
     settings = read_flags(argv[1:cut] + argv[cut + 6 :], "mlc kfold")  # refuses a flag that there is not

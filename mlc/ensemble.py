@@ -280,7 +280,7 @@ def _sets(options: Namespace, files: Sequence[Path], out: Path) -> int:
             parts = {kind: multilabel.fbeta(sets, target, average=kind) for kind in ("samples", "micro", "macro")}
             print(f"{name}: " + ", ".join(f"f1_{kind} {value:.4f}" for kind, value in parts.items()))
     write_submission(out, stack.ids.to_pylist(), stack.classes, chosen)
-    say(f"{len(files)} label sets, {chosen.sum(1).mean():.2f} labels per image: {out}")
+    say(f"{len(files)} label set{'s' * (len(files) > 1)}, {chosen.sum(1).mean():.2f} labels per image: {out}")
     return 0
 
 

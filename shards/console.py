@@ -57,6 +57,12 @@ def listed(problems: Sequence[str], limit: int = 20) -> str:
     return "\n".join(lines)
 
 
+def few(names: Sequence[str], limit: int = 12) -> str:
+    """The first `limit` names in one line, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
 def run(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:
     """Runs a verb; a user's mistake becomes one line and exit code 2, Ctrl-C exit code 130."""
     try:

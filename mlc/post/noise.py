@@ -17,7 +17,7 @@ from sklearn.metrics import average_precision_score, precision_recall_curve
 from mlc.data.prediction_files import aligned, places, write_csv
 from mlc.data.truth import ids_of, labelled_index, multi_hot, read_labels
 from mlc.post.label_errors import METHODS, errors, mean_errors, scores, suspects
-from shards.console import Parser, UserError, did_you_mean, say
+from shards.console import Parser, UserError, did_you_mean, few, say
 from shards.dataset import Dataset, Index, load_dataset
 from shards.files import disk_errors, whole
 from shards.table import Columns
@@ -205,9 +205,7 @@ def _show(summary: dict, classes: list[dict]) -> None:
         table.caption = f"and {len(classes) - SHOWN} more classes (--json has all)"
     console.print(table)
     if summary["not_judged"]:
-        console.print(
-            f"not judged, since no image or every image has them: {', '.join(summary['not_judged'])}", markup=False
-        )
+        console.print(f"not judged, since no image or every image has them: {few(summary['not_judged'])}", markup=False)
     if known := summary.get("against"):
         console.print(
             f"against {known['wrong_images']} images with {known['wrong_labels']} recorded wrong labels: average "

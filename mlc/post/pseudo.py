@@ -14,7 +14,7 @@ from mlc.data.overlay import PREFIX, write_overlay
 from mlc.data.prediction_files import aligned
 from mlc.data.truth import filled_index
 from mlc.metrics import thresholds
-from shards.console import Parser, UserError, say
+from shards.console import Parser, UserError, few, say
 from shards.dataset import Dataset, load_dataset, open_index
 
 
@@ -38,10 +38,10 @@ def main(argv: list[str] | None = None) -> int:
     if options.json:
         print(json.dumps(summary))
     if never:
-        say(f"never seen in {options.train_split}, so never given here: {', '.join(never)}")
+        say(f"never seen in {options.train_split}, so never given here: {few(never)}")
     without = [name for name, count in counts.items() if not count and name not in never]
     if without:
-        say(f"no chosen image has: {', '.join(without)}")
+        say(f"no chosen image has: {few(without)}")
     kind = "soft" if options.soft else "hard"
     say(f"{len(rows)} of {summary['of']} images, {labels.sum(1).mean():.2f} labels each, {kind}: --data {PREFIX}{out}")
     return 0

@@ -23,7 +23,7 @@ from mlc.metrics import thresholds
 from mlc.post.pseudo import add_choice_flags, at_least_one, choose
 from mlc.resume import SILENT
 from mlc.runlog import read_log
-from shards.console import Parser, UserError, say
+from shards.console import Parser, UserError, few, say
 from shards.dataset import load_dataset
 from shards.files import disk_errors
 
@@ -98,7 +98,7 @@ def _pseudo(run: Path, base: Config, options: Namespace, launch: Path | None) ->
         per_class=options.per_class,
     )
     write_overlay(out, dataset, options.split, rows, labels, probabilities if options.soft else None)
-    missing = f"; never seen in training, so never given: {', '.join(never)}" if never else ""
+    missing = f"; never seen in training, so never given: {few(never)}" if never else ""
     say(f"{run.name}: pseudo-labels for {len(rows)} images of {options.split}{missing}")
     return out
 

@@ -21,11 +21,9 @@ from mlc.metrics.multilabel import f1_samples, mean_average_precision
 from mlc.post.pseudo import at_least_one
 from mlc.post.second_level import INNER, TINY, Inputs, SecondLevel
 from mlc.post.tables import by_image
-from shards.console import Parser, UserError, progress, say
+from shards.console import Parser, UserError, few, progress, say
 from shards.dataset import Dataset, Index, load_dataset, open_index
 from shards.files import whole
-
-LISTED = 12  # classes named in a line
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -158,8 +156,7 @@ def _show(result: dict, images: int) -> None:
     gain = result["f1_gain"]
     console.print(f"F1 samples of the stack less that of the mean: {gain['mean']:+.4f}, sd over folds {gain['sd']:.4f}")
     if left := result["not_learnt"]:
-        more = f" and {len(left) - LISTED} more (stack.json)" if len(left) > LISTED else ""
-        console.print(f"not learnt, no or every image has them: {', '.join(left[:LISTED])}{more}", markup=False)
+        console.print(f"not learnt, no or every image has them: {few(left)} (stack.json)", markup=False)
 
 
 def _parser() -> Parser:

@@ -13,7 +13,7 @@ from mlc.data.prediction_files import aligned, write_csv
 from mlc.metrics.multilabel import mean_average_precision
 from mlc.post import stack
 from mlc.post.tables import by_image
-from shards.console import run
+from shards.console import few, run
 
 ROWS = 240
 
@@ -124,3 +124,7 @@ def test_lightgbm_that_is_not_there_is_named(setting, tmp_path, monkeypatch, cap
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert call(setting[0], tmp_path, "--model", "lightgbm") == 2
     assert 'pip install "mlc[stack]"' in capsys.readouterr().err
+
+
+def test_many_classes_are_not_all_named():
+    assert few(["a", "b"]) == "a, b" and few(list("abcd"), 2) == "a, b and 2 more"

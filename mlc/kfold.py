@@ -58,8 +58,9 @@ def main(argv: list[str] | None = None) -> int:
         refuse_other_settings(run)
     write_settings(runs)
     out = Path(first.output) / f"{_name(first)}-kfold"
-    if options.slurm is not None and not all(jobs.finished(run.folder) for run in runs):
-        return _submit(runs, out, options)
+    unfinished = [str(run.folder.resolve()) for run in runs if not jobs.finished(run.folder)]
+    if options.slurm is not None and unfinished:
+        return _submit(unfinished, out, options)
     left = jobs.work(
         [jobs.Job(run.folder) for run in runs],
         at_once=options.jobs or 1,
@@ -158,10 +159,9 @@ def _refuse_others(options: Namespace, config: Config, dataset: Dataset) -> None
         raise UserError(f"--images {options.images}: no such folder")
 
 
-def _submit(runs: Sequence[Run], out: Path, options: Namespace) -> int:
-    left = [str(run.folder.resolve()) for run in runs if not jobs.finished(run.folder)]
+def _submit(folders: Sequence[str], out: Path, options: Namespace) -> int:
     flags = options.slurm + (f" --launch {shlex.quote(options.launch)}" if options.launch else "")
-    slurm.submit_array("sweep", flags, folder=out, arguments=left, after=None, at_once=options.jobs)
+    slurm.submit_array("sweep", flags, folder=out, arguments=folders, after=None, at_once=options.jobs)
     say("the same command joins the folds when they are finished")
     return 0
 

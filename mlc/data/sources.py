@@ -20,7 +20,7 @@ from mlc.data.remote import open_reader
 from mlc.data.sampler import Rows, Sampler, parse_data, parse_oversample, parse_shuffle, source_seed
 from mlc.data.soft_labels import SoftLabels
 from mlc.data.truth import filled_index, labelled_index
-from shards.console import UserError
+from shards.console import UserError, few
 from shards.dataset import Dataset, Index, load_dataset
 
 LISTED = 12  # classes named in a line of the log
@@ -57,7 +57,7 @@ class Sources:
         yield "expected class frequencies: " + _frequencies(self.dataset.classes, expected, self.natural)
         never = [name for name, share in zip(self.dataset.classes, self.natural, strict=True) if not share]
         if never:
-            yield f"no sample has {', '.join(never[:LISTED])}{' ...' * (len(never) > LISTED)}: nothing is learnt of it"
+            yield f"no sample has {few(never, LISTED)}: nothing is learnt of it"
 
 
 def open_sources(config: Config) -> Sources:

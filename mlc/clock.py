@@ -18,7 +18,7 @@ class Clock:
     """The length of a run, the learning rate of one of its stages, and its recurring events.
 
     Attributes:
-        total: samples of the whole run, a multiple of the global batch.
+        total: samples of the whole run.
         mixup_off: samples after which nothing is mixed any more.
         lr: samples_seen -> learning rate. Its durations count from the stage's beginning, all others from the run's.
     """
@@ -26,7 +26,6 @@ class Clock:
     def __init__(self, stage: Stage, epoch_samples: int, global_batch: int):
         config = stage.config
         self.epoch_samples, self.global_batch, self.total = epoch_samples, global_batch, stage.total
-        self.steps = self.total // global_batch
         self._durations = functools.partial(parse_duration, epoch_samples=epoch_samples, global_batch=global_batch)
         self._minutes, self._last_due = parse_minutes(config.checkpoint_every), time.monotonic()
         recurring = ("eval_every", "swa_every") if self._minutes else ("eval_every", "swa_every", "checkpoint_every")
@@ -53,19 +52,26 @@ class Clock:
     def lr(self, samples_seen: int) -> float:
         return self._lr(samples_seen - self._begin)
 
-    def averaging(self, step: int, samples_seen: int) -> float | None:
+    def steps_left(self, samples_seen: int) -> int:
+        return max(0, -(-(self.total - samples_seen) // self.global_batch))
+
+    def averaging(self, samples_seen: int, *, updates: int, in_mean: int) -> float | None:
         """The decay of the averaged weights after a step, None where they stay as they are.
 
-        That of the moving average; from --swa-start on, at each --swa-every, the one that makes the plain mean of the
-        weights at these moments: (k - 1) / k for the k-th (Izmailov et al. 2018, "Averaging Weights Leads to Wider
-        Optima and Better Generalization").
+        That of the moving average after so many `updates`; from --swa-start on, at each --swa-every (once a step at
+        most), the one that makes the plain mean of the weights at these moments: k / (k + 1) where k of them are
+        `in_mean` (Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization").
         """
-        if samples_seen <= self._swa_start:
+        if not self.in_swa(samples_seen):
             decay, warmup = self._ema
-            return decay_at(step, decay, warmup)
+            return decay_at(updates, decay, warmup)
         since, every = samples_seen - self._swa_start, self._every["swa_every"]
-        k, before = since // every, max(0, since - self.global_batch) // every
-        return (k - 1) / k if k > before else None
+        due = since // every > max(0, since - self.global_batch) // every
+        return in_mean / (in_mean + 1) if due else None
+
+    def in_swa(self, samples_seen: int) -> bool:
+        """Whether the average is a plain mean by now."""
+        return samples_seen > self._swa_start
 
     def _samples(self, config: Config, name: str, total: int | None = None) -> int:
         """The samples of a duration; what recurs must be longer than nothing."""

@@ -1,5 +1,6 @@
 """Settings that cannot be meant: each is one line that names the flag, before anything is read or built."""
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -32,6 +33,10 @@ _RANGES = (
 
 def impossible(c: Any) -> Iterator[str]:
     """One line for each value and combination of a `Config` that cannot be meant."""
+    for name, value in vars(c).items():
+        for number in _numbers(value):
+            if not math.isfinite(number):
+                yield f"{flag(name)} must be finite, not {number}"
     for name in ("batch_size", "img_size", "log_interval", "checkpoint_hist"):
         if getattr(c, name) != "auto" and getattr(c, name) < 1:
             yield f"{flag(name)} must be at least 1, not {getattr(c, name)}"
@@ -126,6 +131,15 @@ def _impossible_captions(c: Any) -> Iterator[str]:
         yield "--text-pool: bigru has a pooling of its own, --text-kwargs attention=true|false"
     if c.kd_feature and c.fusion == "none":
         yield "--kd-feature compares features of images, and without a --fusion none is looked at"
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """The floats in a setting: itself, or those of a list, tuple or dict."""
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(part)
 
 
 def flag(name: str) -> str:

@@ -83,11 +83,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _settings(rest: list[str]) -> dict[str, Any]:
     given = read_flags(rest, "mlc kfold")
-    for name in OWN:
-        if name in given:
-            raise UserError(f"{flag(name)} is set by `mlc kfold` itself")
     recipes = [read_yaml(source) for source in given.pop("config", [])]
-    return {name: value for settings in (*recipes, given) for name, value in settings.items()}
+    settings = {name: value for source in (*recipes, given) for name, value in source.items()}
+    for name in OWN:
+        if name in settings:
+            raise UserError(f"{flag(name)} is set by `mlc kfold` itself; leave it out")
+    return settings
 
 
 def _name(config: Config) -> str:

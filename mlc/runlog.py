@@ -207,9 +207,10 @@ def _seen(batch: Batch) -> Iterable[np.ndarray]:
 
 
 def training_line(line: dict[str, float], clock: Clock) -> str:
-    left = (clock.total - line["samples_seen"]) / line["train/img_per_sec"]
+    seen = line["samples_seen"]
+    left = (clock.total - seen) / line["train/img_per_sec"]
     parts = (
-        f"step {line['step']}/{clock.steps} ({line['samples_seen'] / clock.total:4.0%})",
+        f"step {line['step']}/{line['step'] + clock.steps_left(seen)} ({seen / clock.total:4.0%})",
         f"epoch {line['epoch']:.2f}",
         f"loss {line['train/loss']:.4f}",
         f"lr {line['train/lr']:.2e}",

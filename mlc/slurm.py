@@ -37,6 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     if own == ["folder"]:  # what the batch files ask for
         print(run_folder(arguments))
         return 0
+    if own == ["resume"]:  # a requeued job must go on, and a path that the user names must count
+        print(read_config(arguments).resume or "auto")
+        return 0
     options = _parser().parse_args(own)
     if not dashes:
         raise UserError(f"mlc slurm {options.job}: the job's own arguments are missing; they come after ` -- `")

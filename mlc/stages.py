@@ -3,9 +3,13 @@
 A part is the run's settings with some of them replaced. At its end the run writes a checkpoint and builds itself anew
 from that: weights, their average and `samples_seen` go on, the optimizer begins again, since what it optimises is
 another thing. A run that is resumed across a boundary therefore takes the very same way as one that was never stopped.
+
+Where a stage ended is known only afterwards: `--patience` may end it early, and steps of another size after a resume
+end it elsewhere. So a checkpoint says where each stage before its own ended, and the next begins there.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,9 +26,8 @@ NOT = ("amp_dtype", "model_ema")  # of a whole run
 
 @dataclass(frozen=True)
 class Stage:
-    """`config`: the run's with the stage's own settings; `begin`, `end`: samples, multiples of the global batch.
-
-    `total`: samples of the whole run.
+    """`config`: the run's with the stage's own settings; `begin`, `end`: samples; `first_step`: optimizer steps of the
+    run before the stage; `total`: samples of the whole run.
     """
 
     number: int
@@ -32,6 +35,7 @@ class Stage:
     begin: int
     end: int
     total: int
+    first_step: int = 0
 
     @property
     def last(self) -> bool:
@@ -72,36 +76,44 @@ def _checked(name: str, value: Any) -> Any:
         raise UserError(f"{name}: {error}") from None
 
 
-def lay_out(config: Config, *, epoch_samples: int, global_batch: int) -> list[Stage]:
+def lay_out(
+    config: Config, *, epoch_samples: int, global_batch: int, ended: Sequence[tuple[int, int]] = ()
+) -> list[Stage]:
     """All stages of a run, one after the other. A run without `stages` is one.
 
     `--epochs` or `--max-steps` is the length of the run where the last stage has no `for`, else the stages' sum is.
+    ended: (step, samples seen) at the end of each stage that is over, the first ones.
 
     Raises:
         UserError: a duration that is none, or stages that leave the last one nothing.
     """
 
-    def steps(text: Any) -> int:
-        return max(1, -(-parse_duration(text, epoch_samples=epoch_samples, global_batch=global_batch) // global_batch))
+    def samples(text: Any) -> int:
+        """Of whole steps, at least one."""
+        found = parse_duration(text, epoch_samples=epoch_samples, global_batch=global_batch)
+        return max(1, -(-found // global_batch)) * global_batch
 
     own = configs(config)
-    whole = config.max_steps or max(1, math.ceil(config.epochs * epoch_samples / global_batch))
-    lengths = []
-    for number, given in enumerate(config.stages or [{}], 1):
+    whole = (config.max_steps or max(1, math.ceil(config.epochs * epoch_samples / global_batch))) * global_batch
+    past, stages, begin, first_step = ended[: len(own) - 1], [], 0, 0
+    for number, given in enumerate(config.stages or [{}]):
         try:
-            lengths.append(steps(given["for"]) if "for" in given else whole - sum(lengths))
+            end = begin + samples(given["for"]) if "for" in given else whole
         except UserError as error:
-            raise UserError(f"stage {number}: for: {error}") from None
-    if lengths[-1] < 1:
-        raise UserError(
-            f"the stages before the last take {sum(lengths[:-1])} steps, the run has {whole}: more --epochs or "
-            "--max-steps, or `for` of the last stage"
-        )
-    ends = [sum(lengths[: i + 1]) * global_batch for i in range(len(lengths))]
-    begins = [0, *ends[:-1]]
-    return [Stage(i, c, begin, end, ends[-1]) for i, (c, begin, end) in enumerate(zip(own, begins, ends, strict=True))]
+            raise UserError(f"stage {number + 1}: for: {error}") from None
+        after = first_step + (end - begin) // global_batch
+        if number < len(past):
+            after, end = past[number]
+        if end <= begin and not past:
+            raise UserError(
+                f"the stages before the last take {first_step} steps, the run has {whole // global_batch}: more "
+                "--epochs or --max-steps, or `for` of the last stage"
+            )
+        stages.append(Stage(number, own[number], begin, end, total=0, first_step=first_step))
+        first_step, begin = after, end
+    return [replace(stage, total=end) for stage in stages]
 
 
-def at(stages: list[Stage], samples_seen: int) -> Stage:
+def at(stages: list[Stage], samples_seen: int, ended: Sequence[tuple[int, int]] = ()) -> Stage:
     """The stage that the next sample belongs to; the last one for a run that is at its end."""
-    return next((stage for stage in stages if samples_seen < stage.end), stages[-1])
+    return next((stage for stage in stages[len(ended) :] if samples_seen < stage.end), stages[-1])

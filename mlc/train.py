@@ -9,6 +9,7 @@ import gc
 import math
 from contextlib import nullcontext
 from dataclasses import replace
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from mlc import batch_size, rehearsal, resume, stages
+from mlc import batch_size, kept_weights, rehearsal, resume, stages
 from mlc.batch_size import in_evaluation, in_training
 from mlc.captions import by_length, decodes_images, model_name, open_reading, refuse_untrainable
 from mlc.clock import Clock
@@ -33,10 +34,11 @@ from mlc.mining import PART, open_mining
 from mlc.models.build import fast_memory_format
 from mlc.models.export import export, timm_config
 from mlc.models.freeze import freeze, train_mode
+from mlc.non_finite import NonFiniteGuard
 from mlc.objective import Objective, make_loss, trained_columns
 from mlc.optim.ema import Ema
 from mlc.optim.optimizers import set_steps
-from mlc.parallel import checkpoint, compiler, launch, strategy
+from mlc.parallel import agree, checkpoint, compiler, launch, strategy
 from mlc.parallel.preempt import StopFlag
 from mlc.parallel.recompute import recompute
 from mlc.profiling import Profiler
@@ -44,7 +46,15 @@ from mlc.report.samples import sample_table
 from mlc.runlog import Meter, RunLog, SampleLog, evaluation_line, memory_gb, training_line
 from mlc.setup import model_of, optimizer_of
 from mlc.validation import evaluate, goodness, refuse_unknown_metric
-from shards.console import UserError
+
+
+class Ended(Enum):
+    """Why the loop ended. Where several reasons meet, the first of these counts."""
+
+    FINISHED = "the run has its length"
+    PATIENCE = "no evaluation of the last stage was better for too long"
+    STOPPED = "somebody asked for it; the same command goes on"
+    STAGE = "the next stage begins"
 
 
 @launch.peers()
@@ -68,8 +78,6 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     folder = Path(settings.output) / (settings.experiment or f"{settings.model}-{settings.img_size}")
     start = resume.find(settings, folder)
-    if not settings.resume and not settings.dry_run and (folder / "log.jsonl").exists():
-        raise UserError(f"{folder} holds a run already; --resume auto goes on with it, or choose another --experiment")
 
     # ---- Data --------------------------------------------------------------------------------------------------------
     sources = open_sources(settings)
@@ -80,13 +88,13 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
     val_captions = reading.evaluation(validation[0].index) if reading and validation else None
     val_features = validation_features(settings, dataset, validation)
     plan = batch_size.plan(settings, choice, world)
-    progress = start.progress()
+    progress = start.progress
     lengths = {"epoch_samples": sampler.epoch_samples, "global_batch": plan.global_batch}
-    parts = stages.lay_out(settings, **lengths)
+    parts = stages.lay_out(settings, **lengths, ended=progress["stage_ends"])
     clocks = [Clock(part, **lengths) for part in parts]  # all now, so that the last one's mistake shows at the start
     for part in parts:
         make_loss(part.config, dataset.group_columns)
-    stage = stages.at(parts, progress["samples_seen"])
+    stage = stages.at(parts, progress["samples_seen"], progress["stage_ends"])
     clock, config = clocks[stage.number], stage.config  # from here on the settings of this stage
     if config.kd_teacher != settings.kd_teacher:
         sources = open_sources(config)  # with its soft labels
@@ -95,15 +103,22 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
     # 1. weights  2. optimizer state  3. EMA  4. step, samples_seen and the best value; all else is a function of 4.
     step, samples_seen = progress["step"], progress["samples_seen"]
     facts = {"global_batch": plan.global_batch, "world_size": world, "strategy": choice.name}
-    facts |= {"versions": {"torch": torch.__version__}}
+    facts |= {"autocast": accelerator.mixed_precision, "versions": {"torch": torch.__version__}}
+    identity = sources.identity()
+    agree.require_same(resume.told_apart(settings) | identity | facts)
     only_weights = bool(start.checkpoint) and start.only_weights(stage.number)
     if start.checkpoint:
-        identity = sources.identity()
-        resume.compare(start.meta, settings, start=start, data=identity, classes=dataset.classes, facts=facts)
+        resume.compare(start, settings, data=identity, classes=dataset.classes, facts=facts)
         if reading:
             reading.compare(start.meta, start.checkpoint)
         then = start.meta.get("strategy", "ddp")
         strategy.refuse_other_files(then, choice.name, path=start.checkpoint, weights_only=only_weights)
+        if not only_weights:
+            resume.compare_rates(start, clock.lr(samples_seen))
+        elif not start.weights_only:  # a stage begins
+            progress["stale"] = 0
+        if not start.origin:
+            start.notices += resume.same_best(folder, progress)
 
     # ---- Model -------------------------------------------------------------------------------------------------------
     if config.deterministic:
@@ -182,7 +197,9 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
     model = divided.model
     if start.checkpoint and not only_weights:
         checkpoint.load(start.checkpoint, **divided.saved)
-        set_steps(divided.optimizer, step - stage.begin // plan.global_batch)
+        set_steps(divided.optimizer, step - stage.first_step)
+        if accelerator.scaler is not None and progress["scaler"]:
+            accelerator.scaler.load_state_dict(progress["scaler"])
 
     # ---- Logs --------------------------------------------------------------------------------------------------------
     log = RunLog(
@@ -190,7 +207,7 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
         settings,
         enabled=accelerator.is_main_process,
         resumed_step=step if start.checkpoint else None,
-        steps=clock.steps,
+        steps=step + clock.steps_left(samples_seen),
     )
     if reading and accelerator.is_main_process:
         reading.save(bare, folder)
@@ -201,7 +218,7 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
     )
     for text in sources.describe():
         log.say(text)
-    log.say(f"{plan}; {clock.steps} steps = {clock.epoch(clock.total):.2f} epochs")
+    log.say(f"{plan}; {step + clock.steps_left(samples_seen)} steps = {clock.epoch(clock.total):.2f} epochs")
     for text in start.notices:
         log.say(text)
     if start.checkpoint and not start.weights_only:
@@ -212,8 +229,11 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
         log.say(f"stage {stage.number + 1} of {len(parts)}, until epoch {until:.2f}: {changed or 'as the run'}")
     if frozen:
         log.say(f"{frozen / 1e6:.1f} M of the parameters are not trained (--freeze {config.freeze})")
-    given_up = settings.patience is not None and progress["stale"] >= settings.patience
-    if samples_seen >= clock.total or given_up:
+
+    def out_of_patience() -> bool:
+        return settings.patience is not None and progress["stale"] >= settings.patience
+
+    if samples_seen >= clock.total or (stage.last and out_of_patience()):
         log.say(f"{folder} is finished at {samples_seen} of {clock.total} samples; more --epochs or --max-steps go on")
         return None
     sample_log = None
@@ -227,6 +247,8 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
     saver = checkpoint.Saver(root, keep=config.checkpoint_hist, background=config.checkpoint_async, say=log.say)
 
     # ---- Evaluation and checkpoints ----------------------------------------------------------------------------------
+    saved = {"best_step": progress["best_step"]}  # what the newest checkpoint says
+
     def evaluate_and_keep_best() -> None:
         launch.same_buffers(bare, averaged)
         weights = {"val": bare} | ({"val_ema": averaged} if ema else {})
@@ -254,11 +276,13 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
         state = strategy.full_state(weights)
         if not accelerator.is_main_process:
             return
-        export(weights, folder / which, state=state, **described())
-        if reading:
-            reading.tokenizer.save(folder / which / "text")
         threshold, value = (found["threshold"], found["f1_samples@tuned"]) if found else (config.threshold, math.nan)
-        thresholds.save(folder / which / "thresholds.json", metric="f1_samples", threshold=threshold, value=value)
+        saved_best = saved["best_step"] if which == "best" else None
+        with kept_weights.written_whole(folder, which, keep_step=saved_best) as building:
+            export(weights, building, state=state, **described())
+            if reading:
+                reading.tokenizer.save(building / "text")
+            thresholds.save(building / "thresholds.json", metric="f1_samples", threshold=threshold, value=value)
 
     def described() -> dict[str, Any]:
         return {
@@ -278,13 +302,17 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
 
     def save_checkpoint() -> None:
         launch.same_buffers(bare, averaged)
-        progress.update(step=step, samples_seen=samples_seen, bad=bad.known)
+        scaler = accelerator.scaler and accelerator.scaler.state_dict()
+        interval = [interval_loss.item(), interval_steps]
+        progress.update(step=step, samples_seen=samples_seen, bad=bad.known, interval=interval, scaler=scaler)
+        saved["best_step"] = progress["best_step"]
         meta = {
             "progress": progress,
             "epoch": clock.epoch(samples_seen),
+            "lr": clock.lr(samples_seen),
             "config": vars(settings),
             "stage": stage.number,
-            "data": sources.identity(),
+            "data": identity,
             "classes": dataset.classes,
             "export": timm_config(bare, **described()),
             **(reading.facts() if reading else {}),
@@ -293,14 +321,6 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
         saver.save(step, meta, **divided.saved, more={PART: mining.state()} if mining else None)
 
     # ---- Loop --------------------------------------------------------------------------------------------------------
-    def refuse_non_finite(step: int, grad_norm: float) -> None:
-        if not math.isfinite(grad_norm) and accelerator.scaler is None:
-            raise UserError(
-                f"step {step}: the gradient is {grad_norm}; the weights were not changed by it, the last checkpoint is "
-                "good. Try a lower --lr, --clip-grad 1 or --amp-dtype bf16 and --resume auto; "
-                "--log-samples FILE names the images of each step"
-            )
-
     stream = TrainDataset(
         sampler,
         sources.readers,
@@ -327,13 +347,14 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
         mining.renew(samples_seen, plan.global_batch)
     batches = read_on()
     elements = plan.global_batch * len(trained)  # the loss is a sum, divided once by the whole step's count
-    meter, interval_loss, interval_steps = Meter(), torch.zeros((), device=device), 0
+    interval_loss, interval_steps = torch.tensor(progress["interval"][0], device=device), progress["interval"][1]
+    meter, guard = Meter(), NonFiniteGuard(step, scaler=accelerator.scaler is not None)
     in_flight: launch.Arriving | None = None
     met: list[tuple[str, str]] = []  # bad samples that this rank met and the others do not know of yet
     profiler = Profiler(folder, device, log.say) if config.profile and accelerator.is_main_process else None
     train_mode(model)
-    stopping = at_end = False
-    while samples_seen < stage.end and not (stopping or given_up):
+    ended: Ended | None = None
+    while not ended:
         lr = clock.lr(samples_seen)
         for group in divided.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
@@ -361,8 +382,10 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
                 sample_log.add(batch, mix)
         grad_norm = divided.step()
         step, samples_seen = step + 1, samples_seen + plan.global_batch
-        if ema and (decay := clock.averaging(step, samples_seen)) is not None:
+        averaging = {"updates": progress["updates_before"] + step, "in_mean": progress["in_mean"]}
+        if ema and (decay := clock.averaging(samples_seen, **averaging)) is not None:
             ema.update(bare, decay)
+            progress["in_mean"] += clock.in_swa(samples_seen)
         if sample_log:
             sample_log.write(step)
 
@@ -372,20 +395,24 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
         if in_flight is None:  # compiling and cold caches are over
             launch.set_timeout(config.collective_timeout, *divided.groups)
         _, norm, stopped, found, clock_due = in_flight.read() if in_flight else [0.0] * 5
-        refuse_non_finite(step - 1, norm)
+        guard.check(step - 1, norm)
         due = accelerator.is_main_process and clock.checkpoint_due()
         riders = torch.tensor([stop.check(), len(met), due], dtype=torch.float32).to(device, non_blocking=True)
         in_flight = launch.Arriving(torch.cat([step_loss[None], grad_norm[None].float() / world, riders]))
-        stopping = stopped > 0
         at_end, stage_end = samples_seen >= clock.total, samples_seen >= stage.end
         evaluating = validation and (at_end or clock.passed("eval_every", samples_seen))
-        saving = stage_end or stopping or clock_due > 0 or clock.passed("checkpoint_every", samples_seen)
+        saving = stage_end or stopped > 0 or clock_due > 0 or clock.passed("checkpoint_every", samples_seen)
         if saving or evaluating:
-            _, norm, stopped, found_now, _ = in_flight.read()
-            refuse_non_finite(step, norm)
+            _, norm, stopped_now, found_now, _ = in_flight.read()
+            guard.check(step, norm, at_end=at_end)
             found += found_now
-            stopping = stopping or stopped > 0
-            saving = saving or stopping
+            stopped += stopped_now
+        if at_end:
+            ended = Ended.FINISHED
+        elif stopped > 0:
+            ended = Ended.STOPPED
+        elif stage_end:
+            ended = Ended.STAGE
         if found > 0:
             for text in bad.add(gather_object(met)):
                 log.say(text)
@@ -420,19 +447,27 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
         with meter.paused():
             if evaluating:
                 evaluate_and_keep_best()
-                given_up = settings.patience is not None and progress["stale"] >= settings.patience
+                if ended in (None, Ended.STAGE) and out_of_patience():
+                    ended = Ended.PATIENCE if stage.last else Ended.STAGE
+                    what = f"stage {stage.number + 1} " if len(parts) > 1 else ""
+                    waited = f"no better {config.eval_metric} in {settings.patience} evaluations"
+                    log.say(f"{waited}: {what}ended at step {step}")
             if not validation and at_end:
                 keep("last", averaged or bare, None)
-            if saving or given_up:
+            if (stage_end or ended is Ended.STAGE) and not stage.last:
+                progress["stage_ends"].append((step, samples_seen))
+            if saving or ended:
                 save_checkpoint()
-            if stopping or stage_end or given_up:
+            if ended:
                 saver.finish()
-    if stopping and not (at_end or given_up):
+
+    # ---- End ---------------------------------------------------------------------------------------------------------
+    if accelerator.is_main_process:
+        kept_weights.forget_aside(folder)
+    if ended is Ended.STOPPED:
         log.say(f"stopped at step {step}, checkpoint saved; the same command with --resume auto goes on")
-    elif at_end or given_up:
+    elif ended is not Ended.STAGE:
         best = progress["best"]
-        if given_up:
-            log.say(f"no better {config.eval_metric} in {settings.patience} evaluations: ended at step {step}")
         if best:
             log.say(f"best {config.eval_metric} {best[config.eval_metric]:.4f} at step {progress['best_step']}")
         if config.dry_run:
@@ -444,7 +479,7 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
     if profiler:
         profiler.close()
     log.close(**{f"best/{name}": value for name, value in (progress["best"] or {}).items()})
-    if samples_seen == stage.end and not (stopping or at_end or given_up):
+    if ended is Ended.STAGE:
         return stop
     accelerator.end_training()
     return None

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -32,11 +33,15 @@ def meta(**more) -> dict:
     )
 
 
-def compared(*, weights_only=False, data=DATA, classes=CLASSES, facts=FACTS, saved=None, **settings) -> list[str]:
-    start = Start(Path("runs/x/checkpoints/step-00000005"), weights_only=weights_only)
-    config = Config(**{"data": ["new"]} | settings)
-    resume.compare(saved or meta(), config, start=start, data=data, classes=classes, facts=facts)
-    return start.notices
+def compared(**settings) -> list[str]:
+    return compared_start(**settings).notices
+
+
+def compared_start(*, weights_only=False, data=DATA, classes=CLASSES, facts=FACTS, saved=None, **settings) -> Start:
+    place = Path("runs/x/checkpoints/step-00000005")
+    start = Start(place, weights_only=weights_only, meta=saved or meta())
+    resume.compare(start, Config(**{"data": ["new"]} | settings), data=data, classes=classes, facts=facts)
+    return start
 
 
 def test_the_same_settings_say_nothing():
@@ -82,9 +87,9 @@ def test_what_may_not_change_names_both_values_and_the_way_out(settings, words):
 
 
 def test_another_data_set_when_told():
-    saved = meta()
-    (line,) = compared(saved=saved, data={"data set": "zzz", "samples": "bbb"}, allow_data_change=True)
-    assert "aaa then, zzz now" in line and saved["progress"]["bad"] == {}
+    start = compared_start(data={"data set": "zzz", "samples": "bbb"}, allow_data_change=True)
+    (line,) = start.notices
+    assert "aaa then, zzz now" in line and start.progress["bad"] == {}
     with pytest.raises(UserError, match="other classes"):
         compared(classes=CLASSES[:2], data={"data set": "zzz", "samples": "bbb"}, allow_data_change=True)
 
@@ -130,12 +135,66 @@ def step(start: Start) -> int:
 
 
 def test_auto_takes_the_newest_and_a_path_takes_what_it_names(run, tmp_path):
-    assert step(found(run, "auto")) == 30 and found(run, "").checkpoint is None
+    assert step(found(run, "auto")) == 30
+    assert found(tmp_path / "other", "").checkpoint is None
     assert found(tmp_path / "other", "auto").checkpoint is None
     assert step(found(tmp_path / "other", str(run / "checkpoints" / "step-00000010"))) == 10
     assert step(found(tmp_path / "other", str(run))) == step(found(run, str(run / "checkpoints"))) == 30
     with pytest.raises(UserError, match=r"--resume .*typo: no complete checkpoint"):
         found(run, str(tmp_path / "typo"))
+
+
+def test_a_new_run_does_not_overwrite_one_that_is_there(run, tmp_path):
+    with pytest.raises(UserError, match="run holds a run already; --resume auto"):
+        found(run, "")  # its log may have been deleted: the checkpoints are enough
+    (tmp_path / "logged").mkdir()
+    (tmp_path / "logged" / "log.jsonl").touch()
+    with pytest.raises(UserError, match="logged holds a run already"):
+        found(tmp_path / "logged", "")
+    with pytest.raises(UserError, match="logged holds a run that was not started from --resume"):
+        found(tmp_path / "logged", str(run))
+    assert found(tmp_path / "logged", "auto").checkpoint is None
+
+
+def test_a_path_in_the_runs_own_folder_gives_nothing_up(run):
+    newest = run / "checkpoints" / "step-00000030"
+    for text in (run, run / "checkpoints", newest, run / ".." / "run"):
+        start = found(run, str(text))
+        assert step(start) == 30 and start.origin == ""
+    with pytest.raises(UserError, match="is at step 30 already, and going back would give that up"):
+        found(run, str(newest.with_name("step-00000020")))
+
+
+def test_a_path_starts_a_new_run_once(run, tmp_path):
+    """The same command given again goes on with what it has made; another run's folder is not touched."""
+    path = run / "checkpoints" / "step-00000020"
+    start = found(tmp_path / "new", str(path))
+    assert step(start) == 20 and start.origin == str(path)
+    then = {"step": 20, "samples_seen": 640, "best": {"map": 0.9}, "best_step": 20, "stale": 2, "bad": {"x": "torn"}}
+    start.meta = {"progress": then}
+    same = {name: start.progress[name] for name in ("step", "samples_seen", "bad")}
+    assert same == {name: then[name] for name in same}
+    assert (start.progress["best"], start.progress["best_step"], start.progress["stale"]) == (None, None, 0)
+
+    new = tmp_path / "new" / "checkpoints" / "step-00000040"
+    shutil.copytree(path, new)
+    with pytest.raises(UserError, match=r"holds a run that was not started from --resume .*another --experiment"):
+        found(tmp_path / "new", str(path))
+    meta = json.loads((new / "meta.json").read_text())
+    (new / "meta.json").write_text(json.dumps(meta | {"progress": {"origin": start.origin}}))
+    again = found(tmp_path / "new", str(path))
+    assert step(again) == 40 and again.origin == "" and "goes on from them" in again.notices[0]
+
+
+def test_a_new_run_that_died_before_its_first_checkpoint_starts_again(run, tmp_path):
+    new = tmp_path / "new"
+    new.mkdir()
+    (new / "log.jsonl").touch()
+    (new / "args.yaml").write_text(f"resume: {run}\n")
+    start = found(new, str(run))
+    assert step(start) == 30 and start.origin == str(run)
+    with pytest.raises(UserError, match="was not started from"):
+        found(new, str(run / "checkpoints" / "step-00000010"))
 
 
 def test_a_damaged_newest_checkpoint_is_left_out_with_the_reason(run):
@@ -159,6 +218,7 @@ def test_a_start_from_weights_is_made_once(run, tmp_path):
     start = found(new, str(run), **flags)
     assert step(start) == 30 and start.weights_only
     (new / "checkpoints").mkdir(parents=True)
+    (new / "args.yaml").write_text(f"resume: {run}\n")
     (run / "checkpoints" / "step-00000010").rename(new / "checkpoints" / "step-00000010")
     start = found(new, str(run), **flags)  # the same command after a stop
     assert step(start) == 10 and not start.weights_only and "goes on from them" in start.notices[0]

@@ -41,7 +41,12 @@ class Sources:
     def identity(self) -> dict[str, str]:
         """What must be the same for the stream of samples to go on: the data, and which of it comes how often."""
         features = {"features": self.features.fingerprint} if self.features else {}
-        return {"data set": self.fingerprint, "samples": self.sampler.fingerprint, **features}
+        return {
+            "data set": self.fingerprint,
+            "training split": self.sampler.sources[0].index.path.stem,
+            "samples": self.sampler.fingerprint,
+            **features,
+        }
 
     def cooccurrence(self) -> np.ndarray:
         """int64 [C, C]: rows that take part and have class i and class j; on the diagonal those that have class i."""

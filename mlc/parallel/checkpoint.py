@@ -207,12 +207,24 @@ def load(
         zero.load_engine(model, folder, storage.read_meta(folder)["world_size"])
         return
     state = state_of(model, optimizer, ema)
+    _refuse_other_optimizer(folder, state["optimizer"])
     _read(folder, state)
     set_model_state_dict(model, state["model"])
     groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
     set_optimizer_state_dict(model, optimizer, state["optimizer"] | {"param_groups": groups})
     if ema is not None:
         set_model_state_dict(ema, state["ema"])
+
+
+def _refuse_other_optimizer(folder: Place, state: dict[str, Any]) -> None:
+    described = tensors(folder)
+    for path, _ in _leaves(state, ("optimizer",)):
+        if ".".join(path) not in described:
+            then = storage.read_meta(folder).get("config", {}).get("opt", "another optimizer")
+            raise UserError(
+                f"{folder} has no {path[-1]} of {path[-2]}: it was made with --opt {then}, or with another --momentum "
+                "or --freeze; use the same, or start a new --experiment with --resume-weights-only"
+            )
 
 
 def load_more(folder: Place, state: dict[str, dict[str, torch.Tensor]]) -> None:

@@ -48,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _check(base: Config, options: Namespace) -> None:
     """What would stop a later round is said before the first."""
+    if base.resume:
+        raise UserError("--resume is set by `mlc selftrain` itself, which resumes each round; leave it out")
     sources = open_sources(base)
     open_validation(base, sources.dataset)
     open_split(sources.dataset, options.split)

@@ -1,4 +1,6 @@
-"""Exact metrics while training: on all ranks alike, so that all agree on which weights are the best so far."""
+"""Exact metrics while training, computed by the first process and told to all: a sum of floats depends on the number
+of threads, and processes that disagree about the best weights by one bit wait for each other for ever.
+"""
 
 import math
 from collections.abc import Sequence
@@ -18,17 +20,19 @@ from mlc.data.transforms import EvalTransform
 from mlc.inference import logits_of_rows, probabilities
 from mlc.metrics import multilabel
 from mlc.optim.losses import Loss
+from mlc.parallel import agree
 from shards.console import UserError
 from shards.dataset import Dataset
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`metrics` {name: value}; `rows` int64 [M] of the split that could be read and their `scores` float32 [M, C]."""
+    """`metrics` {name: value}, the same on every process; on the first one also `rows` int64 [M] of the split that
+    could be read and their `scores` float32 [M, C], elsewhere nothing."""
 
     metrics: dict[str, float]
-    rows: np.ndarray
-    scores: np.ndarray
+    rows: np.ndarray | None = None
+    scores: np.ndarray | None = None
 
 
 def evaluate(
@@ -45,7 +49,7 @@ def evaluate(
     captions: EvalCaptions | None = None,
     features: Features | None = None,
 ) -> dict[str, Evaluation]:
-    """Exact metrics of some rows of a split, {model: evaluation}, the same on every rank; images are decoded once.
+    """Exact metrics of some rows of a split, {model: evaluation}; every process calls it, images are decoded once.
 
     Images that cannot be read are named, counted in `bad` and left out.
     """
@@ -65,14 +69,19 @@ def evaluate(
         place = np.searchsorted(rows, found)
         logits[:, place] = values[:, :, 0].swapaxes(0, 1)
         seen[place] = True
-    target = reader.index.targets(rows[seen])
-    results = {}
-    for name, own in zip(models, logits[:, seen], strict=True):
-        loss = loss_fn(torch.from_numpy(own), torch.from_numpy(target)).double().mean().item()
-        scores = probabilities(own[:, None])
-        named = multilabel.evaluate(scores, target, threshold=config.threshold, groups=dataset.group_columns)
-        results[name] = Evaluation({"loss": loss, **dict(named)}, rows[seen], scores)
-    return results
+    results: dict[str, Evaluation] = {}
+
+    def judge() -> dict[str, dict[str, float]]:
+        target = reader.index.targets(rows[seen])
+        for name, own in zip(models, logits[:, seen], strict=True):
+            loss = loss_fn(torch.from_numpy(own), torch.from_numpy(target)).double().mean().item()
+            scores = probabilities(own[:, None])
+            named = multilabel.evaluate(scores, target, threshold=config.threshold, groups=dataset.group_columns)
+            results[name] = Evaluation({"loss": loss, **dict(named)}, rows[seen], scores)
+        return {name: result.metrics for name, result in results.items()}
+
+    told = agree.from_first(judge)
+    return results or {name: Evaluation(metrics) for name, metrics in told.items()}
 
 
 def refuse_unknown_metric(config: Config, dataset: Dataset) -> None:

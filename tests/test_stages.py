@@ -38,6 +38,18 @@ def test_stages_share_the_run():
     assert (whole.begin, whole.end, whole.last) == (0, 500, True)
 
 
+def test_a_stage_begins_where_the_one_before_it_really_ended():
+    """Steps of another size, or patience, end a stage where its duration does not say."""
+    text = "[{for: 64ex}, {for: 64ex, sched: step, decay_every: 1st}, {for: 48ex}]"
+    parts = stages.lay_out(Config(stages=yaml.safe_load(text)), epoch_samples=100, global_batch=24, ended=[[4, 88]])
+    assert [(part.begin, part.end, part.first_step) for part in parts] == [(0, 88, 0), (88, 160, 4), (160, 208, 7)]
+    assert {part.total for part in parts} == {208}
+    assert [stages.at(parts, seen, [[4, 88]]).number for seen in (88, 159, 160, 999)] == [1, 1, 2, 2]
+    clock = Clock(parts[1], 100, 24)
+    assert clock.lr(88) == 1e-4 and clock.lr(112) == 0.5e-4
+    assert [clock.steps_left(seen) for seen in (88, 185, 208, 230)] == [5, 1, 0, 0]
+
+
 @pytest.mark.parametrize(
     "text, words",
     [
@@ -88,6 +100,19 @@ def test_stopped_anywhere_it_is_the_run_that_never_stopped(shards, tmp_path, mon
         assert steps <= log_of(folder / "run")[-1]["step"] < 8
         assert train.main(argv(shards, folder, "--stages", THREE, "--resume", "auto")) == 0
         same_run(tmp_path / "whole", folder)
+
+
+def test_steps_of_another_size_do_not_end_the_run_in_a_stage(shards, tmp_path, monkeypatch, capsys):
+    flags = ["--stages", "[{for: 64ex, freeze: backbone}, {for: 64ex}]"]
+    with monkeypatch.context() as patch:
+        stopping_at(patch, 1)
+        train.main(argv(shards, tmp_path, *flags, "--global-batch-size", "16"))
+    again = argv(shards, tmp_path, *flags, "--global-batch-size", "24", "--resume", "auto")
+    assert train.main(again) == 0
+    said = capsys.readouterr().err
+    assert "stage 2 of 2" in said and "done; weights in" in said
+    assert [line["samples_seen"] for line in log_of(tmp_path / "run") if "train/lr" in line][-1] == 2 * 16 + 2 * 24 + 72
+    assert train.main(again) == 0 and "is finished at 152 of 152" in capsys.readouterr().err
 
 
 def weights(shards, folder, *flags: str) -> tuple[dict, dict]:
@@ -148,6 +173,20 @@ def test_patience_is_counted_across_a_resume(shards, tmp_path, monkeypatch):
     assert [line["step"] for line in log_of(tmp_path / "run") if "val/loss" in line] == [1, 2, 3, 4]
 
 
+def test_patience_ends_a_stage_and_the_next_one_has_its_own(shards, tmp_path, monkeypatch, capsys):
+    flags = ["--lr", "1e-30", "--eval-every", "1st", "--eval-metric", "loss", "--no-model-ema", "--patience", "2"]
+    flags += ["--stages", "[{for: 5st, freeze: backbone}, {for: 5st, sched: constant}]"]
+    assert train.main(argv(shards, tmp_path / "whole", *flags)) == 0
+    said = capsys.readouterr().err
+    assert "no better loss in 2 evaluations: stage 1 ended at step 3" in said
+    assert "no better loss in 2 evaluations: stage 2 ended at step 5" in said and "done; weights in" in said
+    with monkeypatch.context() as patch:
+        stopping_at(patch, 4)
+        train.main(argv(shards, tmp_path / "cut", *flags))
+    train.main(argv(shards, tmp_path / "cut", *flags, "--resume", "auto"))
+    same_run(tmp_path / "whole", tmp_path / "cut")
+
+
 # ---- weight averaging ------------------------------------------------------------------------------------------------
 
 
@@ -167,6 +206,19 @@ def test_swa_is_the_mean_of_the_weights(shards, tmp_path):
         averaged.update_parameters(module)
         torch.testing.assert_close(values[step]["ema.head.fc.weight"], averaged.module.weight.data)
     assert torch.equal(values[5]["ema.head.fc.weight"], values[4]["ema.head.fc.weight"])
+
+
+def test_a_mean_of_every_step_and_less(shards):
+    """Below a step there is nothing to take twice; the weights of the mean add up to one, each the same."""
+    (part,) = laid_out("[]", epochs=5, swa_start="25ex", swa_every="6ex")
+    clock = Clock(part, 100, 10)
+    shares, in_mean = [], 0
+    for seen in range(10, 110, 10):
+        decay = clock.averaging(seen, updates=1, in_mean=in_mean)
+        if clock.in_swa(seen) and decay is not None:
+            in_mean += 1
+            shares = [share * decay for share in shares] + [1 - decay]
+    assert shares == pytest.approx([1 / 7] * 7)
 
 
 # ---- optimizers ------------------------------------------------------------------------------------------------------

@@ -5,9 +5,11 @@ and nothing has run yet, and connected as torchrun connects them. Where the name
 accelerate's own launcher reads it, and only its last act, starting the processes, is done here.
 """
 
+import dataclasses
 import functools
 import itertools
 import json
+import math
 import os
 import signal
 import socket
@@ -22,6 +24,7 @@ import torch.distributed.run
 from accelerate.commands import launch
 
 from mlc import cli, evaluate, predict, train  # noqa: F401
+from mlc.metrics import multilabel
 from mlc.parallel import compiler
 from shards.console import run
 
@@ -72,8 +75,27 @@ def little_memory() -> None:
     train.prepare = prepare_few
 
 
+def another_opinion() -> None:
+    """On the last process every evaluation is better than the one before, by as little as floats can say."""
+    judge, last = multilabel.evaluate, os.environ["RANK"] == "1"
+    values = itertools.accumulate(itertools.repeat(1.0), math.nextafter)
+
+    def judge_better(*args, **kwargs):
+        found = dict(judge(*args, **kwargs))
+        return [*(found | {"f1_samples": next(values)} if last else found).items()]
+
+    multilabel.evaluate = judge_better
+
+
+def another_setting() -> None:
+    """The last process reads another learning rate from its copy of a file."""
+    if os.environ["RANK"] == "1":
+        read = train.read_config
+        train.read_config = lambda argv: dataclasses.replace(read(argv), lr=0.25)
+
+
 PROGRAMS = {"train.py": train.main, "mlc": cli.main}
-BESIDES = {setup.__name__: setup for setup in (little_memory, no_inductor, stopped)}
+BESIDES = {setup.__name__: setup for setup in (another_opinion, another_setting, little_memory, no_inductor, stopped)}
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------

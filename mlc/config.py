@@ -168,7 +168,7 @@ class Config:
     """parts of the run, one after the other, each with `for: DURATION` (the last may take the rest) and settings of its
     own: freeze, lr, opt, sched, loss, groups, mixup, ... (docs/methods.md). On the command line as YAML, in quotes"""
     patience: int | None = None
-    """end the run after so many evaluations in a row without a better --eval-metric"""
+    """end the run, or its stage, after so many evaluations in a row without a better --eval-metric"""
     seed: int = 42
     """one number behind data order, augmentation, initial weights and dropout"""
 
@@ -222,7 +222,7 @@ class Config:
     """stochastic weight averaging: after this duration the averaged weights are the plain mean of the weights at each
     --swa-every, instead of the moving average"""
     swa_every: str = "1ep"
-    """duration between two weights of that mean"""
+    """duration between two weights of that mean; one after each step at most"""
 
     # ---- Loss ----
     loss: Literal["bce", "focal", "asl", "two-way", "soft-fbeta"] = "bce"
@@ -324,7 +324,8 @@ class Config:
     checkpoint_dir: str = ""
     """keep the checkpoints of this run in DIR/NAME instead of the run's folder; DIR may be a URL: s3://bucket/runs"""
     resume: str = ""
-    """`auto`: go on from the newest sound checkpoint of this run if there is one; or the path of a checkpoint or run"""
+    """`auto`: go on from the newest intact checkpoint of this run if there is one; the path of a checkpoint or run: start
+    a new run (another --experiment) from there"""
     resume_weights_only: bool = False
     """start at step 0 from the weights (and their average) of --resume PATH"""
     allow_data_change: bool = False

@@ -324,8 +324,8 @@ class Config:
     checkpoint_dir: str = ""
     """keep the checkpoints of this run in DIR/NAME instead of the run's folder; DIR may be a URL: s3://bucket/runs"""
     resume: str = ""
-    """`auto`: go on from the newest intact checkpoint of this run if there is one; the path of a checkpoint or run: start
-    a new run (another --experiment) from there"""
+    """`auto`: go on from the newest intact checkpoint of this run if there is one; the path of a checkpoint or run:
+    start a new run (another --experiment) from there"""
     resume_weights_only: bool = False
     """start at step 0 from the weights (and their average) of --resume PATH"""
     allow_data_change: bool = False

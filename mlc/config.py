@@ -244,7 +244,7 @@ class Config:
     """`soft-fbeta`: beta, above 1 for more recall"""
     weighted_loss: Literal["none", "effective", "inverse"] = "none"
     """weight of a class, 1 on average: by the effective number of its samples (1 - beta^n) / (1 - beta), or by its
-    inverse frequency"""
+    inverse frequency; 1 for a class without a training sample"""
     weighted_beta: float = 0.999
     """`effective`: beta"""
     groups: list[str] = field(default_factory=list)

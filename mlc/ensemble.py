@@ -26,6 +26,7 @@ from mlc.metrics.threshold_search import Metric
 from shards.console import Parser, UserError, did_you_mean, say
 from shards.dataset import load_dataset
 from shards.files import disk_errors, whole
+from shards.json_text import to_json
 from shards.table import found_classes
 
 METHODS = ("equal", "geometric", "rank", "tuned", "tuned-per-class", "greedy")
@@ -308,7 +309,7 @@ def _write_weights(
     content = {"files": [str(file) for file in files], "method": method, "weights": each}
     content |= {"value": row["value"], "honest": row["honest"]}
     with disk_errors(path), whole(path) as building:
-        building.write_text(json.dumps(content, indent=1) + "\n")
+        building.write_text(to_json(content, indent=1) + "\n")
 
 
 def _read_weights(path: Path, stack: Stack) -> tuple[str, NDArray]:

@@ -2,7 +2,6 @@
 there are scored by mlc/scores.py, which `mlc eval` comes through.
 """
 
-import json
 import time
 from pathlib import Path
 
@@ -26,8 +25,9 @@ from mlc.predict import (
     weights_folder,
 )
 from mlc.report.plots import contact_sheet
-from mlc.scores import count, finite, print_metrics
+from mlc.scores import count, print_metrics
 from shards.console import Parser, UserError, say
+from shards.json_text import to_json
 
 
 @launch.peers()
@@ -75,9 +75,9 @@ def main(argv: list[str] | None = None) -> None:
         write_probabilities(folder / f"{options.split}.csv", ids, dataset.classes, scores)
         predicted = thresholds.apply(scores, rule, dataset.classes)
         contact_sheet(folder / f"{options.split}.png", reader, rows, predicted, dataset.classes)
-        (folder / f"{options.split}.json").write_text(json.dumps(finite(results), indent=1) + "\n")
+        (folder / f"{options.split}.json").write_text(to_json(results, indent=1) + "\n")
         if options.json:
-            print(json.dumps(finite(results)))
+            print(to_json(results))
         else:
             print_metrics(results, f"{options.run} on {options.split}, {len(rows)} samples")
         say(f"pictures with predictions: {folder / f'{options.split}.png'}")

@@ -30,9 +30,10 @@ from mlc.flags import read_flags, read_yaml
 from mlc.metrics import multilabel, thresholds
 from mlc.sweep import check, refuse_other_settings, visible_gpus, write_settings
 from mlc.sweeps import Run
-from shards.console import Parser, UserError, say
+from shards.console import Parser, UserError, say, shown
 from shards.dataset import Dataset, Index, write_json
 from shards.files import disk_errors
+from shards.json_text import to_json
 from shards.tar import file_sha256
 
 OWN = ("fold", "resume", "resume_weights_only", "dry_run")  # settings that it gives each training itself
@@ -183,7 +184,7 @@ def _out_of_fold(options: Namespace, runs: Sequence[Run], sources: Sources, inde
     thresholds.save(out / "thresholds.json", metric="f1_samples", threshold=threshold, value=value)
     made = {"data": sources.fingerprint, "split": index.path.stem, "samples": len(index), "runs": records}
     made |= {"scores": dict(multilabel.evaluate(scores, target)), "sha256": file_sha256(file)}
-    fingerprint = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:16]
+    fingerprint = hashlib.sha256(to_json(made, sort_keys=True).encode()).hexdigest()[:16]
     with disk_errors(out):
         write_json(out / "oof.json", {"fingerprint": fingerprint, **made})
     _print(scores, target, index.fold, threshold)
@@ -252,7 +253,7 @@ def _print(scores: NDArray, target: NDArray, fold: NDArray, threshold: float) ->
     for name, own in (*rows, ("together", np.ones(len(fold), bool))):
         f1 = multilabel.f1_samples(scores[own] > np.float32(threshold), target[own])
         average = multilabel.mean_average_precision(scores[own], target[own])
-        table.add_row(name, str(own.sum()), f"{average:.4f}", f"{f1:.4f}")
+        table.add_row(name, str(own.sum()), shown(average), shown(f1))
     Console().print(table)
 
 

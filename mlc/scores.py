@@ -3,7 +3,6 @@ is better. A table of files is scored in seconds; a run is first predicted (mlc/
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Mapping
@@ -20,7 +19,8 @@ from mlc.data.prediction_files import class_columns, is_submission, write_probab
 from mlc.data.truth import Truth, labels_of, probabilities_of, read_labels, truth_of_split, truth_of_table
 from mlc.metrics import bootstrap, calibration, thresholds
 from mlc.metrics.scorecard import LOWER_IS_BETTER, Scorecard
-from shards.console import Parser, UserError, say
+from shards.console import Parser, UserError, say, shown
+from shards.json_text import to_json
 from shards.table import Columns, found_classes
 
 AVERAGES = ("_samples", "_micro", "_macro", "_weighted")
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int | None:
     if options.calibrate:
         results["calibrated"] = _calibrate(options, answers[0][0], truth)
     if options.json:
-        print(json.dumps(finite(results), ensure_ascii=False))
+        print(to_json(results, ensure_ascii=False))
         return None
     print_metrics(results, f"{options.pred} on {truth.source}, {len(card)} images")
     if differences:
@@ -101,15 +101,6 @@ def per_class(card: Scorecard, classes) -> list[dict[str, Any]]:
     columns = card.classes()
     rows = zip(*(values.tolist() for values in columns.values()), strict=True)
     return [{"name": name} | dict(zip(columns, row, strict=True)) for name, row in zip(classes, rows, strict=True)]
-
-
-def finite(value: Any) -> Any:
-    """The same with None for what JSON has no number for."""
-    if isinstance(value, dict):
-        return {name: finite(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -171,7 +162,7 @@ def print_metrics(results: Mapping[str, Any], title: str) -> None:
         if name not in results:
             return ""
         low, high = spread.get(name, (math.nan, math.nan))
-        return f"{results[name]:.4f}" + ("" if math.isnan(low) else f"  {low:.4f}..{high:.4f}")
+        return shown(results[name]) + ("" if math.isnan(low) else f"  {low:.4f}..{high:.4f}")
 
     groups = list(dict.fromkeys(name.partition("/")[2] for name in results if "/" in name))
     table = _table(title + (" (and 95 % intervals)" if spread else ""), "metric", "value", "")
@@ -207,8 +198,9 @@ def _print_differences(differences: Mapping[str, bootstrap.Difference], options)
     table = _table(f"B, {options.against}, minus A, {options.pred}", "metric", "B - A", "95 % interval", "p", "better")
     for name, found in differences.items():
         lower = " (lower is better)" if name in LOWER_IS_BETTER else ""
-        interval = f"{found.low:+.4f}..{found.high:+.4f}"
-        table.add_row(name + lower, f"{found.value:+.4f}", interval, f"{found.p:.3f}", found.better or "unclear")
+        low, high, value = (shown(number, "+.4f") for number in (found.low, found.high, found.value))
+        interval = "-" if low == high == "-" else f"{low}..{high}"
+        table.add_row(name + lower, value, interval, shown(found.p, ".3f"), found.better or "unclear")
     _print(table)
 
 
@@ -217,7 +209,7 @@ def _print_classes(rows: list[dict[str, Any]]) -> None:
     table = _table("classes", "class", *names)
     for row in rows:
         counts = [str(row[name]) for name in names[:2]]
-        table.add_row(row["name"], *counts, *("" if math.isnan(row[n]) else f"{row[n]:.4f}" for n in names[2:]))
+        table.add_row(row["name"], *counts, *(shown(row[name]) for name in names[2:]))
     _print(table)
 
 

@@ -119,8 +119,7 @@ def _refuse(options: Namespace) -> None:
         raise UserError(
             f"--weights {options.weights} is no part of a checkpoint; with --checkpoints give ema, or nothing"
         )
-    nothing = np.zeros((1, 1), np.float32)
-    known = [name for name, _ in multilabel.evaluate(nothing, nothing) if name != "threshold"]
+    known = multilabel.score_names()
     if options.metric not in known:
         raise UserError(f"--metric {options.metric} is not measured; choose one of {', '.join(known)}")
 
@@ -194,7 +193,13 @@ def _scorer(options: Namespace, model: torch.nn.Module, info: dict[str, Any], fo
         model.load_state_dict(state)
         how = {"captions": captions_of(folder, info, reader), "features": features, "views": tta_views("")}
         scores, seen = predict(model, info, reader, rows, accelerator, options, **how, title="score")
-        return dict(multilabel.evaluate(scores[seen], reader.index.targets(rows[seen])))
+        found = dict(multilabel.evaluate(scores[seen], reader.index.targets(rows[seen])))
+        if math.isnan(found[options.metric]):
+            raise UserError(
+                f"--metric {options.metric} has no value: no image of {options.data}, split {options.split}, has a "
+                "label; score on labelled images"
+            )
+        return found
 
     return score
 

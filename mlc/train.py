@@ -43,8 +43,8 @@ from mlc.profiling import Profiler
 from mlc.report.samples import sample_table
 from mlc.runlog import Meter, RunLog, SampleLog, evaluation_line, memory_gb, training_line
 from mlc.setup import model_of, optimizer_of
-from mlc.validation import evaluate, goodness, refuse_unknown_metric
-from shards.console import UserError
+from mlc.validation import evaluate, goodness, refuse_unknown_metric, undefined_metric
+from shards.console import UserError, shown
 
 
 @launch.peers()
@@ -75,7 +75,9 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
     sources = open_sources(settings)
     dataset, sampler = sources.dataset, sources.sampler
     validation = open_validation(settings, dataset)
-    refuse_unknown_metric(settings, dataset)
+    refuse_unknown_metric(settings.eval_metric, dataset)
+    if validation:
+        start.notices.extend(undefined_metric(settings.eval_metric, dataset, validation[0].index, validation[1]))
     reading = open_reading(settings, sources, start.checkpoint, folder)
     val_captions = reading.evaluation(validation[0].index) if reading and validation else None
     val_features = validation_features(settings, dataset, validation)
@@ -434,7 +436,7 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
         if given_up:
             log.say(f"no better {config.eval_metric} in {settings.patience} evaluations: ended at step {step}")
         if best:
-            log.say(f"best {config.eval_metric} {best[config.eval_metric]:.4f} at step {progress['best_step']}")
+            log.say(f"best {config.eval_metric} {shown(best[config.eval_metric])} at step {progress['best_step']}")
         if config.dry_run:
             for text in rehearsal.report(accelerator, folder, root, plan.global_batch):
                 log.say(text)

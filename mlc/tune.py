@@ -25,6 +25,7 @@ from mlc.metrics.threshold_search import Metric
 from mlc.report import threshold_curves
 from shards.console import Parser, UserError, progress, say
 from shards.files import disk_errors, whole
+from shards.json_text import to_json
 from shards.table import Columns, read_classes
 
 BEST = "best"  # --rule: the one with the best honest value
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.json:
         shape = {"metric": metric.name, "images": len(scores), "classes": len(truth.classes), "folds": options.folds}
         shape["at_half"] = half
-        print(json.dumps(shape | {"rules": found, "chosen": chosen, "thresholds": content}))
+        print(to_json(shape | {"rules": found, "chosen": chosen, "thresholds": content}))
     else:
         _print_table(found, fitted, chosen, truth, metric, options.folds)
         say(f"with a threshold of 0.5: {half:.4f}; labels per image in truth: {truth.target.sum(1).mean():.2f}")
@@ -125,7 +126,7 @@ def _write(
         out.parent.mkdir(parents=True, exist_ok=True)
     found_curves = threshold_curves.curves(scores, truth.target, setup.metric, setup.groups)
     with whole(out.with_name(f"{out.stem}-curves.json")) as building:
-        building.write_text(json.dumps(found_curves | {"rules": found, "chosen": chosen}, ensure_ascii=False) + "\n")
+        building.write_text(to_json(found_curves | {"rules": found, "chosen": chosen}, ensure_ascii=False) + "\n")
     threshold_curves.plot(out.with_suffix(".png"), found_curves, found, chosen)
     thresholds.write(out, content)
     say(f"{out}: {chosen}, {thresholds.describe(content)}; {out.with_suffix('.png').name} beside it")

@@ -4,7 +4,7 @@ one that changes with the batch size. Plain NumPy in, plain floats out; the same
 Conventions are scikit-learn's, with `zero_division=0`: an F1, precision or recall of nothing over nothing is 0.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -38,6 +38,13 @@ def evaluate(
         columns = list(columns)
         for metric, value in _at(precision[columns], predicted[:, columns], target[:, columns]):
             yield f"{metric}/{name}", value
+
+
+def score_names(groups: Iterable[str] = ()) -> list[str]:
+    """The names of `evaluate` whose values rank models: all but the tuned `threshold`."""
+    nothing = np.zeros((1, 1), np.float32)
+    named = evaluate(nothing, nothing, groups={name: [0] for name in groups})
+    return [name for name, _ in named if name != "threshold"]
 
 
 def _at(precision: NDArray, predicted: NDArray, target: NDArray) -> Iterator[tuple[str, float]]:

@@ -27,6 +27,7 @@ from mlc.metrics import expected_fbeta, top_k
 from mlc.metrics.threshold_search import Metric, best_thresholds
 from shards.console import UserError, did_you_mean
 from shards.files import whole
+from shards.json_text import to_json
 
 RULES = ("global", "group", "class", "max-fraction", "top-k", "balance", "label-count", "expected")
 
@@ -115,7 +116,7 @@ def save(path: str | Path, *, metric: str, threshold: float, value: float) -> No
 
 def write(path: str | Path, rule: Mapping[str, Any]) -> None:
     with whole(Path(path)) as building:
-        building.write_text(json.dumps(rule, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        building.write_text(to_json(rule, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def load(path: str | Path) -> dict:

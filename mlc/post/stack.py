@@ -5,7 +5,6 @@ models, nor the weights between them, nor the frequencies of labels (nested cros
 """
 
 import importlib.util
-import json
 import sys
 from pathlib import Path
 
@@ -21,9 +20,10 @@ from mlc.metrics.multilabel import f1_samples, mean_average_precision
 from mlc.post.pseudo import at_least_one
 from mlc.post.second_level import INNER, TINY, Inputs, SecondLevel
 from mlc.post.tables import by_image
-from shards.console import Parser, UserError, few, progress, say
+from shards.console import Parser, UserError, few, progress, say, shown
 from shards.dataset import Dataset, Index, load_dataset, open_index
 from shards.files import whole
+from shards.json_text import to_json
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,9 +58,9 @@ def main(argv: list[str] | None = None) -> int:
         found = final(_only(test_inputs, learnt))["stack"]
         _write(out / f"{options.test_split}.csv", test, dataset, _whole(test_inputs, learnt, found))
     with whole(out / "stack.json") as building:
-        building.write_text(json.dumps(result, indent=1) + "\n")
+        building.write_text(to_json(result, indent=1) + "\n")
     if options.json:
-        print(json.dumps(result))
+        print(to_json(result))
     else:
         _show(result, len(index))
     say(f"{out}: oof.csv{f', {options.test_split}.csv' if options.test else ''}, stack.json")
@@ -150,7 +150,7 @@ def _show(result: dict, images: int) -> None:
     called = {"mean": "mean of the models", "stack": "stack: their weighted mean"}
     for name, row in result["parts"].items():
         weight = result["weights"].get(name)
-        values = [f"{value:.4f}" for value in row.values()]
+        values = [shown(value) for value in row.values()]
         table.add_row(called.get(name, name), *values, "" if weight is None else f"{weight:.2f}")
     console.print(table)
     gain = result["f1_gain"]

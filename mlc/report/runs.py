@@ -51,9 +51,9 @@ class Run:
         return spent / 60 if spent else None
 
     @cached_property
-    def megabytes(self) -> float:
+    def megabytes(self) -> float | None:
         file = self.folder / "best" / "model.safetensors"
-        return file.stat().st_size / 1e6 if file.exists() else float("nan")
+        return file.stat().st_size / 1e6 if file.exists() else None
 
     @cached_property
     def wandb(self) -> str:

@@ -48,7 +48,8 @@ def summary(found: Sequence[Scored], weights: np.ndarray) -> dict[str, Any]:
     rows = []
     for name in names:
         numbers = [float(value[name][0]) for value in values]
-        best = min(numbers) if name in LOWER_IS_BETTER else max(numbers)
+        known = [number for number in numbers if not np.isnan(number)]
+        best = (min if name in LOWER_IS_BETTER else max)(known, default=None)
         cells = [
             {"value": number, "interval": bootstrap.interval(drawn[name]), "best": len(found) > 1 and number == best}
             for number, drawn in zip(numbers, replicates, strict=True)

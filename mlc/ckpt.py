@@ -182,7 +182,9 @@ def export_weights(folder: Place, out: Path, *, ema: bool) -> None:
     best = meta["progress"].get("best") or {}
     threshold = best.get("threshold", meta["config"]["threshold"])
     value = best.get("f1_samples@tuned", float("nan"))
-    thresholds.save(out / "thresholds.json", metric="f1_samples", threshold=threshold, value=value)
+    how = {"metric": "f1_samples", "threshold": threshold, "value": value}
+    how["zero_division"] = meta["config"].get("zero_division", 0)
+    thresholds.save(out / "thresholds.json", **how)
 
 
 def _folded_head(folder: Place, part: str, described: dict[str, Any], classifier: Any) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from mlc.data.prediction_files import class_columns, is_submission, write_probabilities
 from mlc.data.truth import Truth, labels_of, probabilities_of, read_labels, truth_of_split, truth_of_table
-from mlc.metrics import bootstrap, calibration, thresholds
+from mlc.metrics import bootstrap, calibration, multilabel, thresholds
 from mlc.metrics.scorecard import LOWER_IS_BETTER, Scorecard
 from shards.console import Parser, UserError, say, shown
 from shards.json_text import to_json
@@ -56,9 +56,11 @@ def main(argv: list[str] | None = None) -> int | None:
     if submissions and options.calibrate:
         raise UserError(f"{submissions[0]} has label sets and no probabilities; there is nothing to calibrate")
     truth = _truth(options, files)
-    answers = [_answer(file, truth, options) for file in files]
-    card = Scorecard(*answers[0], truth.target, truth.groups)
-    results: dict[str, Any] = evaluated(card, answers[0][0], truth.target)
+    rule = thresholds.rule_of(options.threshold)
+    zero = zero_division(options, rule)
+    answers = [_answer(file, truth, rule) for file in files]
+    card = Scorecard(*answers[0], truth.target, truth.groups, zero)
+    results: dict[str, Any] = evaluated(card, answers[0][0], truth.target, zero)
     weights = bootstrap.draws(len(card), options.bootstrap, options.seed) if options.bootstrap else None
     if weights is not None:
         results["intervals"] = {name: list(found) for name, found in bootstrap.intervals(card, weights).items()}
@@ -68,11 +70,13 @@ def main(argv: list[str] | None = None) -> int | None:
     if options.against:
         if weights is None:
             weights = bootstrap.draws(len(card), 1000, options.seed)
-        other = Scorecard(*answers[1], truth.target, truth.groups)
+        other = Scorecard(*answers[1], truth.target, truth.groups, zero)
         differences = bootstrap.compare(card, other, weights)
         results["against"] = {name: found._asdict() for name, found in differences.items()}
     if options.calibrate:
         results["calibrated"] = _calibrate(options, answers[0][0], truth)
+    for text in multilabel.unlabelled(truth.target, zero):
+        say(text)
     if options.json:
         print(to_json(results, ensure_ascii=False))
         return None
@@ -84,16 +88,16 @@ def main(argv: list[str] | None = None) -> int | None:
     return None
 
 
-def evaluated(card: Scorecard, scores: np.ndarray | None, target: np.ndarray) -> dict[str, float]:
+def evaluated(card: Scorecard, scores: np.ndarray | None, target: np.ndarray, zero: float = 0.0) -> dict[str, Any]:
     """{metric: value} of `Scorecard.at`, and of probabilities also f1_samples@tuned and its `threshold`.
 
-    scores float32 or None, target bool, [N, C] each, those of the card.
+    scores float32 or None, target bool, [N, C] each, and zero_division are those of the card.
     """
     found = {name: float(value[0]) for name, value in card.at().items()}
     if scores is not None:
-        threshold, value = thresholds.best_global_threshold(scores, target)
+        threshold, value = thresholds.best_global_threshold(scores, target, zero_division=zero)
         found |= {"f1_samples@tuned": value, "threshold": threshold}
-    return found
+    return found | ({"zero_division": 1} if zero else {})
 
 
 def per_class(card: Scorecard, classes) -> list[dict[str, Any]]:
@@ -123,12 +127,12 @@ def _truth(options, files: list[Path]) -> Truth:
     return truth_of_table(table, columns, found_classes(row.labels for row in rows))  # whatever occurs
 
 
-def _answer(file: Path, truth: Truth, options) -> tuple[np.ndarray | None, np.ndarray]:
+def _answer(file: Path, truth: Truth, rule: Mapping[str, Any]) -> tuple[np.ndarray | None, np.ndarray]:
     """(probabilities or None, decisions), [N, C] each."""
     if is_submission(file):
         return None, labels_of(file, truth)
     scores = probabilities_of([file], truth)
-    return scores, thresholds.apply(scores, thresholds.rule_of(options.threshold), truth.classes)
+    return scores, thresholds.apply(scores, rule, truth.classes)
 
 
 def _calibrate(options, scores: np.ndarray, truth: Truth) -> dict[str, Any]:
@@ -239,12 +243,30 @@ def _parser() -> Parser:
         "--calibrate", choices=calibration.KINDS, help="also write calibrated probabilities, each image's out of fold"
     )
     parser.add_argument("--out", help="file of --calibrate (default: PRED.KIND.csv beside PRED)")
+    add_zero_division(parser, "that of the thresholds.json, else 0")
     parser.add_argument("--per-class", action="store_true", help="print a row per class as well")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--id-column", default="ImageID", help="column of TRUTH (ImageID)")
     parser.add_argument("--labels-column", default="Labels", help="column of TRUTH (Labels)")
     parser.add_argument("--label-separator", default=" ", help="what stands between labels in TRUTH (any white space)")
     return parser
+
+
+def add_zero_division(parser: Parser, said: str, default: int | None = None) -> None:
+    """`said` of the default in the help."""
+    parser.add_argument(
+        "--zero-division",
+        type=int,
+        choices=(0, 1),
+        default=default,
+        help="what a precision, recall or F of nothing over nothing counts, as of an image without true and "
+        f"predicted labels; scikit-learn's parameter (default: {said})",
+    )
+
+
+def zero_division(options: argparse.Namespace, rule: Mapping[str, Any]) -> float:
+    """The flag's, else that which the thresholds were tuned with."""
+    return rule.get("zero_division", 0) if options.zero_division is None else options.zero_division
 
 
 def count(text: str) -> int:

@@ -43,7 +43,7 @@ from mlc.profiling import Profiler
 from mlc.report.samples import sample_table
 from mlc.runlog import Meter, RunLog, SampleLog, evaluation_line, memory_gb, training_line
 from mlc.setup import model_of, optimizer_of
-from mlc.validation import evaluate, goodness, refuse_unknown_metric, undefined_metric
+from mlc.validation import evaluate, goodness, notes, refuse_unknown_metric
 from shards.console import UserError, shown
 
 
@@ -77,7 +77,7 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
     validation = open_validation(settings, dataset)
     refuse_unknown_metric(settings.eval_metric, dataset)
     if validation:
-        start.notices.extend(undefined_metric(settings.eval_metric, dataset, validation[0].index, validation[1]))
+        start.notices.extend(notes(settings, dataset, validation[0].index, validation[1]))
     reading = open_reading(settings, sources, start.checkpoint, folder)
     val_captions = reading.evaluation(validation[0].index) if reading and validation else None
     val_features = validation_features(settings, dataset, validation)
@@ -260,7 +260,8 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
         if reading:
             reading.tokenizer.save(folder / which / "text")
         threshold, value = (found["threshold"], found["f1_samples@tuned"]) if found else (config.threshold, math.nan)
-        thresholds.save(folder / which / "thresholds.json", metric="f1_samples", threshold=threshold, value=value)
+        how = {"metric": "f1_samples", "threshold": threshold, "value": value}
+        thresholds.save(folder / which / "thresholds.json", **how, zero_division=config.zero_division)
 
     def described() -> dict[str, Any]:
         return {

@@ -87,7 +87,8 @@ def _measured(
     if not np.isfinite(logits).all():
         return None
     loss = loss_fn(torch.from_numpy(logits), torch.from_numpy(target)).double().mean().item()
-    named = multilabel.evaluate(scores, target, config.threshold, groups=dataset.group_columns)
+    how = {"groups": dataset.group_columns, "zero_division": config.zero_division}
+    named = multilabel.evaluate(scores, target, config.threshold, **how)
     return {"loss": loss, **dict(named)}
 
 
@@ -115,13 +116,16 @@ def refuse_unknown_metric(metric: str, dataset: Dataset, option: str = "--eval-m
         raise UserError(f"{option} {metric} {what}{known}")
 
 
-def undefined_metric(metric: str, dataset: Dataset, index: Index, rows: np.ndarray) -> list[str]:
-    """A line for the start of a run whose `--eval-metric` cannot tell weights apart: no validation
-    sample has a label that it counts, so mAP has no value and every F1 is the same."""
+def notes(config: Config, dataset: Dataset, index: Index, rows: np.ndarray) -> list[str]:
+    """Lines for the start of a run about the labels of the rows that it validates on: where none says
+    anything of `--eval-metric`, so that mAP has no value and every F1 is the same, and where rows have none."""
+    metric = config.eval_metric
     group = metric.partition("/")[2]
     counted = dataset.group_columns.get(group, range(len(dataset.classes)))
-    if metric == "loss" or np.isin(index.labels_of(rows)[0], counted).any():
-        return []
+    columns, owner = index.labels_of(rows)
+    if metric == "loss" or np.isin(columns, counted).any():
+        labelled = np.bincount(owner, minlength=len(rows))[:, None] > 0
+        return multilabel.unlabelled(labelled, config.zero_division)
     of_group = f" of the group {group}" if group else ""
     return [
         f"--eval-metric {metric}: no validation sample has a label{of_group}, so it says nothing of any weights: best/ "

@@ -14,7 +14,7 @@ from conftest import TINY
 from mlc import train, validation
 from mlc.config import Config
 from mlc.metrics import multilabel
-from mlc.validation import evaluate, goodness, refuse_unknown_metric, score_names, undefined_metric
+from mlc.validation import evaluate, goodness, notes, refuse_unknown_metric, score_names
 from shards.console import UserError
 
 sys.path.insert(0, str(Path(__file__).parent / "shards"))
@@ -48,14 +48,21 @@ def test_goodness_puts_no_value_below_all_values_and_above_no_evaluation():
 
 
 def test_a_metric_that_says_nothing_is_known_at_the_start():
-    labels = {0: [], 1: [1], 2: []}
-    index = SimpleNamespace(labels_of=lambda rows: ([c for row in rows for c in labels[row]], None))
-    rows = np.arange(3)
+    first = SimpleNamespace(labels_of=lambda rows: (np.ones(1, int), np.zeros(1, int)))  # row 0 has class 1
+    none = SimpleNamespace(labels_of=lambda rows: (np.zeros(0, int), np.zeros(0, int)))
+
+    def said(metric: str, index, rows: int, **more) -> list[str]:
+        return notes(Config(data=["x"], eval_metric=metric, **more), DATASET, index, np.arange(rows))
+
     for metric in ("map", "f1_samples", "map/ink", "loss"):
-        assert undefined_metric(metric, DATASET, index, rows) == []
-    (line,) = undefined_metric("map/tag", DATASET, index, rows)
+        assert said(metric, first, 1) == []
+    (line,) = said("f1_samples", first, 3)
+    assert line.startswith("2 of 3 samples have no true label: each counts 0")
+    (line,) = said("f1_samples", first, 3, zero_division=1)
+    assert line.startswith("2 of 3 samples have no true label: each counts 1")
+    (line,) = said("map/tag", first, 3)
     assert line.startswith("--eval-metric map/tag: no validation sample has a label of the group tag")
-    (line,) = undefined_metric("f1_samples", DATASET, index, rows[:1])
+    (line,) = said("f1_samples", none, 3)
     assert "no validation sample has a label, so it says nothing" in line and "--eval-metric loss" in line
 
 

@@ -6,13 +6,14 @@ rounds is reported with its spread, and the versions of everything that was meas
 
 import argparse
 import importlib.metadata
-import json
 import os
 import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
+
+from shards.json_text import to_json
 
 
 def arguments(description: str, *, rounds: int) -> argparse.ArgumentParser:
@@ -79,4 +80,4 @@ def versions(*packages: str) -> dict[str, str]:
 def write_json(path: Path | None, **content) -> None:
     """`content` may hold paths, as `vars(options)` does."""
     if path is not None:
-        path.write_text(json.dumps({"machine": machine()} | content, indent=2, default=str) + "\n")
+        path.write_text(to_json({"machine": machine()} | content, indent=2, default=str) + "\n")

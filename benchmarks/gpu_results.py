@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from shards.json_text import to_json
+
 NEEDED = "torch torchvision timm accelerate safetensors webdataset PIL simplejpeg cv2 pyarrow sklearn scipy rich yaml"
 SAID = 3000  # last characters that are kept of a part which failed
 
@@ -91,7 +93,7 @@ def main() -> int:
     name = re.sub(r"\W+", "-", str(found["device"])).strip("-").lower()
     args.results.mkdir(parents=True, exist_ok=True)
     path = args.results / f"{name}-{today}.json"
-    path.write_text(json.dumps({**found, "date": today, "parts": parts}, indent=2) + "\n")
+    path.write_text(to_json({**found, "date": today, "parts": parts}, indent=2) + "\n")
     for part, content in parts.items():
         print(f"{part:<16}{content['ended']}, {content['seconds']} s")
     print(path)

@@ -9,7 +9,6 @@ when they do and which the kernel drops when it wants to. A table of weights, lo
 shared by forked workers; here it counts as private.
 """
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -27,6 +26,7 @@ import pyarrow as pa
 
 from mlc.data.sampler import Rows
 from shards.dataset import SCHEMA, Dataset, Shard, Split, load_dataset, open_index, write_dataset
+from shards.json_text import to_json
 
 SIZES, QUICK_SIZES = (100_000, 1_000_000, 10_000_000, 100_000_000), (100_000, 1_000_000)
 BYTES_PER_ROW = 100  # of an index; it is written twice, as columns and as the file
@@ -201,7 +201,7 @@ def main() -> int:
 
 
 def report(results: dict[int, dict], rounds: int) -> None:
-    print(f"{common.machine()}; {json.dumps(common.versions('numpy', 'pyarrow'))}; {common.rounds_said(rounds)}\n")
+    print(f"{common.machine()}; {to_json(common.versions('numpy', 'pyarrow'))}; {common.rounds_said(rounds)}\n")
     rows = [
         [f"{n:,}", f"{r['bytes'] / 1e9:.2f}", f"{np.median(r['cold']) * 1e3:.1f}", f"{np.median(r['warm']) * 1e3:.1f}"]
         for n, r in results.items()

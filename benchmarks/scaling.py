@@ -41,6 +41,7 @@ from mlc.optim.ema import Ema
 from mlc.optim.losses import bce
 from mlc.optim.param_groups import param_groups
 from mlc.parallel import launch, strategy
+from shards.json_text import to_json
 
 MODEL, LARGE = "swinv2_tiny_window8_256", "swinv2_large_window12to16_192to256"
 NODE = 8  # GPUs
@@ -136,7 +137,7 @@ def member(rank: int, world: int, port: int, options: Namespace, name: str, answ
         os.environ["ACCELERATE_USE_CPU"] = "true"
     found = Member(options, name).measure(options.iterations)
     if rank == 0:
-        Path(answer).write_text(json.dumps(found))
+        Path(answer).write_text(to_json(found))
     if distributed.is_initialized():
         distributed.barrier()
         distributed.destroy_process_group()

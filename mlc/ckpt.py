@@ -3,7 +3,6 @@
 All of it works on a machine without GPUs and in bounded memory, whatever number of processes wrote the checkpoint.
 """
 
-import json
 import os
 import struct
 from argparse import Namespace
@@ -24,7 +23,8 @@ from mlc.parallel import checkpoint, storage
 from mlc.parallel.storage import Place
 from mlc.resume import at_path, roots
 from mlc.runlog import read_log
-from shards.console import Parser, UserError, progress, say
+from shards.console import Parser, UserError, progress, say, shown
+from shards.json_text import to_json
 
 # https://github.com/huggingface/safetensors#format
 SAFETENSORS = {
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int | None:
 def ls(options: Namespace) -> None:
     rows = list(_rows(options.run))
     if options.json:
-        print(json.dumps(rows))
+        print(to_json(rows))
         return
     table = Table(title=f"checkpoints of {options.run}")
     for name in ("checkpoint", "epoch", "size", "written (UTC)", "state", "last evaluation"):
@@ -90,7 +90,7 @@ def _evaluation(log: Sequence[dict[str, Any]], step: int, metric: str) -> str:
     for line in reversed(log):
         if line["step"] <= step:
             values = {name.partition("/")[0]: value for name, value in line.items() if name.endswith(f"/{metric}")}
-            return f"{metric} " + " ".join(f"{name} {value:.4f}" for name, value in values.items())
+            return f"{metric} " + " ".join(f"{name} {shown(value)}" for name, value in values.items())
     return ""
 
 
@@ -113,7 +113,7 @@ def show(options: Namespace) -> None:
     described = checkpoint.tensors(folder)
     parts = {part: [t for name, t in described.items() if name.startswith(f"{part}.")] for part in _PARTS}
     counts = {part: f"{len(own)} tensors, {sum(map(_bytes, own)) / 1e6:.1f} MB" for part, own in parts.items()}
-    print(json.dumps({"checkpoint": str(folder), **counts, **meta}, indent=1))
+    print(to_json({"checkpoint": str(folder), **counts, **meta}, indent=1))
 
 
 _PARTS = ("model", "optimizer", "ema")
@@ -182,7 +182,9 @@ def export_weights(folder: Place, out: Path, *, ema: bool) -> None:
     best = meta["progress"].get("best") or {}
     threshold = best.get("threshold", meta["config"]["threshold"])
     value = best.get("f1_samples@tuned", float("nan"))
-    thresholds.save(out / "thresholds.json", metric="f1_samples", threshold=threshold, value=value)
+    how = {"metric": "f1_samples", "threshold": threshold, "value": value}
+    how["zero_division"] = meta["config"].get("zero_division", 0)
+    thresholds.save(out / "thresholds.json", **how)
 
 
 def _folded_head(folder: Place, part: str, described: dict[str, Any], classifier: Any) -> dict[str, torch.Tensor]:
@@ -215,7 +217,7 @@ def write_safetensors(
             "shape": shape,
             "data_offsets": [begin, end],
         }
-    text = json.dumps(header).encode()
+    text = to_json(header).encode()
     text += b" " * (-len(text) % 8)
     loaded = checkpoint.read_tensors(folder, [name for name in order if name in described])
     building = path.with_name(f".{path.name}")

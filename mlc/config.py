@@ -244,7 +244,7 @@ class Config:
     """`soft-fbeta`: beta, above 1 for more recall"""
     weighted_loss: Literal["none", "effective", "inverse"] = "none"
     """weight of a class, 1 on average: by the effective number of its samples (1 - beta^n) / (1 - beta), or by its
-    inverse frequency"""
+    inverse frequency; 1 for a class without a training sample"""
     weighted_beta: float = 0.999
     """`effective`: beta"""
     groups: list[str] = field(default_factory=list)
@@ -315,6 +315,9 @@ class Config:
     """the best weights are those with the highest value of this (or the lowest `loss`)"""
     threshold: float = 0.5
     """a class is predicted above this probability (the tuned threshold is reported as well)"""
+    zero_division: int = 0
+    """what an F1 without true and predicted labels counts, of a sample or a class, 0 or 1, as in scikit-learn; with 0 a
+    label predicted for a sample that has none costs nothing (docs/thresholds.md)"""
     checkpoint_every: str = "1ep"
     """duration between checkpoints, also in minutes (10min); one more at the end and at a stop"""
     checkpoint_hist: int = 2

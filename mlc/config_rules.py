@@ -26,6 +26,7 @@ _RANGES = (
     (("layer_decay", "text_layer_decay"), lambda x: 0 < x <= 1, "in (0, 1]"),
     (("patience", "max_tokens"), lambda x: x >= 1, "at least 1"),
     (("weighted_beta",), lambda x: 0 < x < 1, "in (0, 1)"),
+    (("zero_division",), lambda x: x in (0, 1), "0 or 1"),
     (("two_way_temp", "fbeta", "head_lr_mult", "text_lr_mult", "decay_rate"), lambda x: x > 0, "above 0"),
     (("cutmix", "focal_gamma", "asl_gamma_neg", "asl_gamma_pos"), lambda x: x >= 0, "at least 0"),
 )

@@ -23,9 +23,11 @@ from mlc.data.prediction_stack import Stack, read_sets, read_stack, target_of_sp
 from mlc.data.truth import read_labels
 from mlc.metrics import combine, multilabel, thresholds
 from mlc.metrics.threshold_search import Metric
+from mlc.scores import add_zero_division
 from shards.console import Parser, UserError, did_you_mean, say
 from shards.dataset import load_dataset
 from shards.files import disk_errors, whole
+from shards.json_text import to_json
 from shards.table import found_classes
 
 METHODS = ("equal", "geometric", "rank", "tuned", "tuned-per-class", "greedy")
@@ -50,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     if target is not None:
         rows = _table(options, files, stack.values, target, method, weights)
         _print(rows, options.metric, f"{len(ids)} samples, {len(classes)} classes")
+        for text in multilabel.unlabelled(target, options.zero_division):
+            say(text)
         weights = rows[method]["weights"]
     scores = _combined(stack.values, method, weights)
     write_probabilities(out, ids, classes, scores)
@@ -59,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
             written.append(_beside(out, "weights.json"))
             _write_weights(written[-1], files, classes, method, weights, rows[method])
         written.append(_beside(out, "thresholds.json"))
-        tuned = _tune(written[-1], options.metric, scores, target)
+        tuned = _tune(written[-1], options, scores, target)
         rule = tuned if options.threshold == "tuned" else rule
     if rule:
         written.append(_beside(out, "submission.csv"))
@@ -198,18 +202,19 @@ def _table(
             own = combine.geometric(stack)[None]
         elif name == "rank":
             own = combine.ranks(stack)
-        rows[name] = _row(options, own, target, _fit(name, weights, options.metric))
+        rows[name] = _row(options, own, target, _fit(name, weights, options))
         rows[name]["weights"] = rows[name]["weights"] if name in (*TUNED, "given") else None
     return rows
 
 
-def _fit(method: str, weights: NDArray | None, metric: str) -> combine.Fit:
+def _fit(method: str, weights: NDArray | None, options: Namespace) -> combine.Fit:
     if method == "tuned":
         return combine.tuned
     if method == "tuned-per-class":
         return combine.tuned_per_class
     if method == "greedy":
-        return partial(combine.greedy, metric=metric)
+        how = {"metric": options.metric, "zero_division": options.zero_division}
+        return partial(combine.greedy, **how)
     return lambda stack, target: np.full(len(stack), 1 / len(stack)) if weights is None else weights
 
 
@@ -217,8 +222,10 @@ def _row(options: Namespace, stack: NDArray, target: NDArray, fit: combine.Fit) 
     metrics = tuple(dict.fromkeys((options.metric, "map")))
     weights = fit(stack, target)
     scores = combine.mean(stack, weights)
-    found = {metric: combine.value(scores, target, metric) for metric in metrics}
-    return {"weights": weights, "value": found, "honest": combine.cross_fitted(stack, target, fit, metrics, FOLDS)}
+    zero = options.zero_division
+    found = {metric: combine.value(scores, target, metric, zero) for metric in metrics}
+    honest = combine.cross_fitted(stack, target, fit, metrics, FOLDS, zero)
+    return {"weights": weights, "value": found, "honest": honest}
 
 
 def _names(files: Sequence[Path]) -> list[str]:
@@ -277,7 +284,10 @@ def _sets(options: Namespace, files: Sequence[Path], out: Path) -> int:
     chosen = stack.values.any(0) if options.union else combine.vote(stack.values, weights, options.share)
     if target is not None:
         for name, sets in [*zip(_names(files), stack.values, strict=True), ("together", chosen)]:
-            parts = {kind: multilabel.fbeta(sets, target, average=kind) for kind in ("samples", "micro", "macro")}
+            how = {"zero_division": options.zero_division}
+            parts = {
+                kind: multilabel.fbeta(sets, target, average=kind, **how) for kind in ("samples", "micro", "macro")
+            }
             print(f"{name}: " + ", ".join(f"f1_{kind} {value:.4f}" for kind, value in parts.items()))
     write_submission(out, stack.ids.to_pylist(), stack.classes, chosen)
     say(f"{len(files)} label set{'s' * (len(files) > 1)}, {chosen.sum(1).mean():.2f} labels per image: {out}")
@@ -291,11 +301,12 @@ def _beside(out: Path, name: str) -> Path:
     return out.with_name(f"{out.stem}-{name}")
 
 
-def _tune(path: Path, metric: str, scores: NDArray, target: NDArray) -> dict:
+def _tune(path: Path, options: Namespace, scores: NDArray, target: NDArray) -> dict:
     """Writes the best single threshold of the combination, and returns what was written."""
-    f1 = "f1_samples" if metric == "map" else metric
-    threshold, value = thresholds.best_global_threshold(scores, target, f1)
-    thresholds.save(path, metric=f1, threshold=threshold, value=value)
+    f1 = "f1_samples" if options.metric == "map" else options.metric
+    how = {"metric": f1, "zero_division": options.zero_division}
+    threshold, value = thresholds.best_global_threshold(scores, target, **how)
+    thresholds.save(path, threshold=threshold, value=value, **how)
     return thresholds.load(path)
 
 
@@ -308,7 +319,7 @@ def _write_weights(
     content = {"files": [str(file) for file in files], "method": method, "weights": each}
     content |= {"value": row["value"], "honest": row["honest"]}
     with disk_errors(path), whole(path) as building:
-        building.write_text(json.dumps(content, indent=1) + "\n")
+        building.write_text(to_json(content, indent=1) + "\n")
 
 
 def _read_weights(path: Path, stack: Stack) -> tuple[str, NDArray]:
@@ -371,5 +382,6 @@ def _parser() -> Parser:
         help="what greedy climbs and the table shows: map, or any F-beta at its best threshold, f2_samples, f1_micro "
         "(default: f1_samples)",
     )
+    add_zero_division(parser, "0", default=0)
     add("--compare", action="store_true", help="table of all kinds of weights; greedy takes a while on large files")
     return parser

@@ -3,7 +3,6 @@
 `environment.json` in the run's folder is for people and for `mlc report`; nothing is decided by it.
 """
 
-import json
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 
 from shards.files import whole
+from shards.json_text import to_json
 
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "transformers", "deepspeed", "numpy")
 
@@ -35,4 +35,4 @@ def environment() -> dict[str, str | int]:
 
 def write_environment(folder: Path) -> None:
     with whole(folder / "environment.json") as building:
-        building.write_text(json.dumps(environment(), indent=1) + "\n")
+        building.write_text(to_json(environment(), indent=1) + "\n")

@@ -2,8 +2,8 @@
 there are scored by mlc/scores.py, which `mlc eval` comes through.
 """
 
-import json
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +26,9 @@ from mlc.predict import (
     weights_folder,
 )
 from mlc.report.plots import contact_sheet
-from mlc.scores import count, finite, print_metrics
+from mlc.scores import add_zero_division, count, print_metrics, zero_division
 from shards.console import Parser, UserError, say
+from shards.json_text import to_json
 
 
 @launch.peers()
@@ -63,8 +64,10 @@ def main(argv: list[str] | None = None) -> None:
         rule = thresholds.load(weights / "thresholds.json")
         scores, rows = scores[seen], rows[seen]
         target = reader.index.targets(rows) > 0.5
-        card = Scorecard(scores, scores > 0.5, target, dataset.group_columns)
-        results = {name: float(value[0]) for name, value in card.at().items()} | score(scores, target, dataset, rule)
+        zero = zero_division(options, rule)
+        card = Scorecard(scores, scores > 0.5, target, dataset.group_columns, zero)
+        results = {name: float(value[0]) for name, value in card.at().items()}
+        results |= score(scores, target, dataset, rule, zero) | ({"zero_division": 1} if zero else {})
         results["size_mb"] = (weights / "model.safetensors").stat().st_size / 1e6
         results["ms_per_sample"] = 1e3 * seconds / max(1, len(seen))
         if options.bootstrap:
@@ -75,25 +78,29 @@ def main(argv: list[str] | None = None) -> None:
         write_probabilities(folder / f"{options.split}.csv", ids, dataset.classes, scores)
         predicted = thresholds.apply(scores, rule, dataset.classes)
         contact_sheet(folder / f"{options.split}.png", reader, rows, predicted, dataset.classes)
-        (folder / f"{options.split}.json").write_text(json.dumps(finite(results), indent=1) + "\n")
+        (folder / f"{options.split}.json").write_text(to_json(results, indent=1) + "\n")
         if options.json:
-            print(json.dumps(finite(results)))
+            print(to_json(results))
         else:
             print_metrics(results, f"{options.run} on {options.split}, {len(rows)} samples")
+        for text in multilabel.unlabelled(target, zero):
+            say(text)
         say(f"pictures with predictions: {folder / f'{options.split}.png'}")
     accelerator.end_training()
 
 
-def score(scores: np.ndarray, target: np.ndarray, dataset, rule: dict) -> dict[str, float]:
+def score(scores: np.ndarray, target: np.ndarray, dataset, rule: dict, zero: float = 0.0) -> dict[str, float]:
     """All metrics at threshold 0.5, at the best threshold of this split (`@tuned`) and at the run's own (`@run`).
 
     scores float32 and target bool, both [N, C].
     """
-    results = dict(multilabel.evaluate(scores, target, threshold=0.5, groups=dataset.group_columns))
-    results["f1_samples@run"] = multilabel.f1_samples(thresholds.apply(scores, rule, dataset.classes), target)
+    how = {"groups": dataset.group_columns, "zero_division": zero}
+    results = dict(multilabel.evaluate(scores, target, threshold=0.5, **how))
+    f1 = partial(multilabel.f1_samples, target=target, zero_division=zero)
+    results["f1_samples@run"] = f1(thresholds.apply(scores, rule, dataset.classes))
     # What the prevalence alone gives: every sample gets the classes that more than half of the samples have.
     common = np.broadcast_to(target.mean(0) > 0.5, target.shape)
-    results["f1_samples@commonest"] = multilabel.f1_samples(common, target)
+    results["f1_samples@commonest"] = f1(common)
     return results
 
 
@@ -113,6 +120,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--bootstrap", type=count, default=0, metavar="N", help="95 %% intervals from N draws of images"
     )
+    add_zero_division(parser, "that of the run")
     parser.add_argument("--tta", default="", help="views to average, comma-separated: hflip, scale")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     add_compute_flags(parser)

@@ -30,9 +30,10 @@ from mlc.flags import read_flags, read_yaml
 from mlc.metrics import multilabel, thresholds
 from mlc.sweep import check, refuse_other_settings, visible_gpus, write_settings
 from mlc.sweeps import Run
-from shards.console import Parser, UserError, say
+from shards.console import Parser, UserError, say, shown
 from shards.dataset import Dataset, Index, write_json
 from shards.files import disk_errors
+from shards.json_text import to_json
 from shards.tar import file_sha256
 
 OWN = ("fold", "resume", "resume_weights_only", "dry_run")  # settings that it gives each training itself
@@ -180,14 +181,18 @@ def _out_of_fold(options: Namespace, runs: Sequence[Run], sources: Sources, inde
     scores = join([out / run.variant / f"{index.path.stem}.csv" for run in runs], index, classes)
     file, target = out / "oof.csv", index.targets(np.arange(len(index))) > 0.5
     write_probabilities(file, index.batch.column("image_id").to_pylist(), classes, scores)
-    threshold, value = thresholds.best_global_threshold(scores, target)
-    thresholds.save(out / "thresholds.json", metric="f1_samples", threshold=threshold, value=value)
+    zero = {"zero_division": runs[0].config.zero_division}
+    threshold, value = thresholds.best_global_threshold(scores, target, **zero)
+    how = {"metric": "f1_samples", "threshold": threshold, "value": value}
+    thresholds.save(out / "thresholds.json", **how, **zero)
     made = {"data": sources.fingerprint, "split": index.path.stem, "samples": len(index), "runs": records}
-    made |= {"scores": dict(multilabel.evaluate(scores, target)), "sha256": file_sha256(file)}
-    fingerprint = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:16]
+    made |= {"scores": dict(multilabel.evaluate(scores, target, **zero)), "sha256": file_sha256(file)}
+    fingerprint = hashlib.sha256(to_json(made, sort_keys=True).encode()).hexdigest()[:16]
     with disk_errors(out):
         write_json(out / "oof.json", {"fingerprint": fingerprint, **made})
-    _print(scores, target, index.fold, threshold)
+    _print(scores, target, index.fold, threshold, **zero)
+    for text in multilabel.unlabelled(target, **zero):
+        say(text)
     say(f"each of {len(index)} samples once, by the model that did not see it: {file}, {out / 'oof.json'}")
 
 
@@ -245,15 +250,16 @@ def join(parts: Sequence[Path], index: Index, classes: Sequence[str]) -> NDArray
     return scores
 
 
-def _print(scores: NDArray, target: NDArray, fold: NDArray, threshold: float) -> None:
+def _print(scores: NDArray, target: NDArray, fold: NDArray, threshold: float, zero_division: float) -> None:
     table = Table(title=f"out of fold, threshold {threshold:.4f}")
     for name in ("", "samples", "map", "f1_samples"):
         table.add_column(name, justify="right" if name else "left")
     rows = [(f"fold {number}", fold == number) for number in np.unique(fold)]
     for name, own in (*rows, ("together", np.ones(len(fold), bool))):
-        f1 = multilabel.f1_samples(scores[own] > np.float32(threshold), target[own])
+        predicted = scores[own] > np.float32(threshold)
+        f1 = multilabel.f1_samples(predicted, target[own], zero_division=zero_division)
         average = multilabel.mean_average_precision(scores[own], target[own])
-        table.add_row(name, str(own.sum()), f"{average:.4f}", f"{f1:.4f}")
+        table.add_row(name, str(own.sum()), shown(average), shown(f1))
     Console().print(table)
 
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from mlc.config import Config
 from shards.console import UserError
+from shards.json_text import to_json
 
 WAITING_LINES = 100_000  # lines kept for a view that does not take them; later ones are dropped and counted
 CLOSE_SECONDS = 30.0  # how long the end of a run waits for a view
@@ -124,7 +125,7 @@ class Wandb:
         place = (values["step"], any(name.startswith("val") for name in values))
         if place > self._sent:
             self.run.log(values | ({"val/samples": _table(samples)} if samples else {}))
-            self._mark.write_text(json.dumps(place))
+            self._mark.write_text(to_json(place))
 
     def close(self, final: Values) -> None:
         self.run.summary.update(final)

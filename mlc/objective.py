@@ -88,7 +88,8 @@ def trained_columns(config: Config, groups: Groups, classes: int) -> list[int]:
 def loss_weights(config: Config, groups: Groups, counts: np.ndarray, device: torch.device) -> Tensor | None:
     """float32 [C], what each column of the loss is multiplied by; None where all are 1.
 
-    counts [C]: positives of each class in an epoch. Class weights are 1 on average over the trained classes.
+    counts [C]: positives of each class in an epoch. Class weights are 1 on average over the trained
+    classes, and 1 for one without positives.
 
     Raises:
         UserError: a group that does not exist.

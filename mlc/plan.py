@@ -4,7 +4,6 @@ Nothing is trained: operations and activations are counted on tensors without me
 are in docs/planning.md; a plan is an estimate, `train.py --dry-run` a measurement.
 """
 
-import json
 import math
 from argparse import Namespace
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from mlc.data.captions import cleaned
 from mlc.data.text import MAX_TOKENS, MOST_WORDS, Words
 from mlc.footprint import Costs, Text, count
 from shards.console import Parser, UserError, did_you_mean
+from shards.json_text import to_json
 
 # Name: (memory in GiB, dense bf16 TFLOP/s) as the makers' data sheets give them; T4 and V100 have fp16 instead.
 GPUS = {
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
         _look_at_data(options)
     found = plan(options)
     if options.json:
-        print(json.dumps(found))
+        print(to_json(found))
     else:
         _say(found, options)
     return 0

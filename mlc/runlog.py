@@ -2,7 +2,6 @@
 
 import atexit
 import csv
-import json
 import os
 import resource
 import sys
@@ -28,8 +27,10 @@ from mlc.environment import write_environment
 from mlc.flags import write_yaml
 from mlc.logfile import read_log
 from mlc.mirrors import Mirror, open_mirrors
+from shards.console import shown
 from shards.dataset import Index
 from shards.files import disk_errors, whole
+from shards.json_text import to_json
 
 BAR = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
 
@@ -63,7 +64,7 @@ class RunLog:
         if not self.enabled:
             return
         with disk_errors(self._path):
-            self._file.write(json.dumps(values) + "\n")
+            self._file.write(to_json(values) + "\n")
         for mirror in self._mirrors:
             mirror.write(values | ({"samples": samples} if samples else {}))
         if any(name.startswith("val") for name in values):
@@ -94,7 +95,7 @@ def _open_until(path: Path, step: int) -> TextIO:
     """For appending, without what was logged after the step that is resumed from: it is about to happen again."""
     kept = [line for line in read_log(path) if line["step"] <= step]
     with whole(path) as building:
-        building.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        building.write_text("".join(to_json(line) + "\n" for line in kept))
     return path.open("a", buffering=1)
 
 
@@ -191,7 +192,7 @@ class SampleLog:
                 "lambda": [round(row[-1][2], 7) for row in rows],
             }
             with disk_errors(Path(self._file.name)):
-                self._file.write(json.dumps(line) + "\n")
+                self._file.write(to_json(line) + "\n")
 
 
 def _seen(batch: Batch) -> Iterable[np.ndarray]:
@@ -225,11 +226,13 @@ def training_line(line: dict[str, float], clock: Clock) -> str:
 
 def evaluation_line(step: int, name: str, result: dict[str, float]) -> str:
     """`name` is `val` or `val_ema`."""
+    number = {metric: shown(value) for metric, value in result.items()}
+    tuned = f"tuned {number['f1_samples@tuned']} at {shown(result['threshold'], '.2f')}"
     parts = (
-        f"step {step}  {name}: loss {result['loss']:.4f}",
-        f"mAP {result['map']:.4f}",
-        f"F1 samples {result['f1_samples']:.4f} (tuned {result['f1_samples@tuned']:.4f} at {result['threshold']:.2f})",
-        f"micro {result['f1_micro']:.4f}",
-        f"macro {result['f1_macro']:.4f}",
+        f"step {step}  {name}: loss {number['loss']}",
+        f"mAP {number['map']}",
+        f"F1 samples {number['f1_samples']} ({tuned})",
+        f"micro {number['f1_micro']}",
+        f"macro {number['f1_macro']}",
     )
     return "  ".join(parts)

@@ -3,7 +3,6 @@ is better. A table of files is scored in seconds; a run is first predicted (mlc/
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Mapping
@@ -18,9 +17,10 @@ from rich.text import Text
 
 from mlc.data.prediction_files import class_columns, is_submission, write_probabilities
 from mlc.data.truth import Truth, labels_of, probabilities_of, read_labels, truth_of_split, truth_of_table
-from mlc.metrics import bootstrap, calibration, thresholds
+from mlc.metrics import bootstrap, calibration, multilabel, thresholds
 from mlc.metrics.scorecard import LOWER_IS_BETTER, Scorecard
-from shards.console import Parser, UserError, say
+from shards.console import Parser, UserError, say, shown
+from shards.json_text import to_json
 from shards.table import Columns, found_classes
 
 AVERAGES = ("_samples", "_micro", "_macro", "_weighted")
@@ -56,9 +56,11 @@ def main(argv: list[str] | None = None) -> int | None:
     if submissions and options.calibrate:
         raise UserError(f"{submissions[0]} has label sets and no probabilities; there is nothing to calibrate")
     truth = _truth(options, files)
-    answers = [_answer(file, truth, options) for file in files]
-    card = Scorecard(*answers[0], truth.target, truth.groups)
-    results: dict[str, Any] = evaluated(card, answers[0][0], truth.target)
+    rule = thresholds.rule_of(options.threshold)
+    zero = zero_division(options, rule)
+    answers = [_answer(file, truth, rule) for file in files]
+    card = Scorecard(*answers[0], truth.target, truth.groups, zero)
+    results: dict[str, Any] = evaluated(card, answers[0][0], truth.target, zero)
     weights = bootstrap.draws(len(card), options.bootstrap, options.seed) if options.bootstrap else None
     if weights is not None:
         results["intervals"] = {name: list(found) for name, found in bootstrap.intervals(card, weights).items()}
@@ -68,13 +70,15 @@ def main(argv: list[str] | None = None) -> int | None:
     if options.against:
         if weights is None:
             weights = bootstrap.draws(len(card), 1000, options.seed)
-        other = Scorecard(*answers[1], truth.target, truth.groups)
+        other = Scorecard(*answers[1], truth.target, truth.groups, zero)
         differences = bootstrap.compare(card, other, weights)
         results["against"] = {name: found._asdict() for name, found in differences.items()}
     if options.calibrate:
         results["calibrated"] = _calibrate(options, answers[0][0], truth)
+    for text in multilabel.unlabelled(truth.target, zero):
+        say(text)
     if options.json:
-        print(json.dumps(finite(results), ensure_ascii=False))
+        print(to_json(results, ensure_ascii=False))
         return None
     print_metrics(results, f"{options.pred} on {truth.source}, {len(card)} images")
     if differences:
@@ -84,16 +88,16 @@ def main(argv: list[str] | None = None) -> int | None:
     return None
 
 
-def evaluated(card: Scorecard, scores: np.ndarray | None, target: np.ndarray) -> dict[str, float]:
+def evaluated(card: Scorecard, scores: np.ndarray | None, target: np.ndarray, zero: float = 0.0) -> dict[str, Any]:
     """{metric: value} of `Scorecard.at`, and of probabilities also f1_samples@tuned and its `threshold`.
 
-    scores float32 or None, target bool, [N, C] each, those of the card.
+    scores float32 or None, target bool, [N, C] each, and zero_division are those of the card.
     """
     found = {name: float(value[0]) for name, value in card.at().items()}
     if scores is not None:
-        threshold, value = thresholds.best_global_threshold(scores, target)
+        threshold, value = thresholds.best_global_threshold(scores, target, zero_division=zero)
         found |= {"f1_samples@tuned": value, "threshold": threshold}
-    return found
+    return found | ({"zero_division": 1} if zero else {})
 
 
 def per_class(card: Scorecard, classes) -> list[dict[str, Any]]:
@@ -101,15 +105,6 @@ def per_class(card: Scorecard, classes) -> list[dict[str, Any]]:
     columns = card.classes()
     rows = zip(*(values.tolist() for values in columns.values()), strict=True)
     return [{"name": name} | dict(zip(columns, row, strict=True)) for name, row in zip(classes, rows, strict=True)]
-
-
-def finite(value: Any) -> Any:
-    """The same with None for what JSON has no number for."""
-    if isinstance(value, dict):
-        return {name: finite(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -132,12 +127,12 @@ def _truth(options, files: list[Path]) -> Truth:
     return truth_of_table(table, columns, found_classes(row.labels for row in rows))  # whatever occurs
 
 
-def _answer(file: Path, truth: Truth, options) -> tuple[np.ndarray | None, np.ndarray]:
+def _answer(file: Path, truth: Truth, rule: Mapping[str, Any]) -> tuple[np.ndarray | None, np.ndarray]:
     """(probabilities or None, decisions), [N, C] each."""
     if is_submission(file):
         return None, labels_of(file, truth)
     scores = probabilities_of([file], truth)
-    return scores, thresholds.apply(scores, thresholds.rule_of(options.threshold), truth.classes)
+    return scores, thresholds.apply(scores, rule, truth.classes)
 
 
 def _calibrate(options, scores: np.ndarray, truth: Truth) -> dict[str, Any]:
@@ -171,7 +166,7 @@ def print_metrics(results: Mapping[str, Any], title: str) -> None:
         if name not in results:
             return ""
         low, high = spread.get(name, (math.nan, math.nan))
-        return f"{results[name]:.4f}" + ("" if math.isnan(low) else f"  {low:.4f}..{high:.4f}")
+        return shown(results[name]) + ("" if math.isnan(low) else f"  {low:.4f}..{high:.4f}")
 
     groups = list(dict.fromkeys(name.partition("/")[2] for name in results if "/" in name))
     table = _table(title + (" (and 95 % intervals)" if spread else ""), "metric", "value", "")
@@ -207,8 +202,9 @@ def _print_differences(differences: Mapping[str, bootstrap.Difference], options)
     table = _table(f"B, {options.against}, minus A, {options.pred}", "metric", "B - A", "95 % interval", "p", "better")
     for name, found in differences.items():
         lower = " (lower is better)" if name in LOWER_IS_BETTER else ""
-        interval = f"{found.low:+.4f}..{found.high:+.4f}"
-        table.add_row(name + lower, f"{found.value:+.4f}", interval, f"{found.p:.3f}", found.better or "unclear")
+        low, high, value = (shown(number, "+.4f") for number in (found.low, found.high, found.value))
+        interval = "-" if low == high == "-" else f"{low}..{high}"
+        table.add_row(name + lower, value, interval, shown(found.p, ".3f"), found.better or "unclear")
     _print(table)
 
 
@@ -217,7 +213,7 @@ def _print_classes(rows: list[dict[str, Any]]) -> None:
     table = _table("classes", "class", *names)
     for row in rows:
         counts = [str(row[name]) for name in names[:2]]
-        table.add_row(row["name"], *counts, *("" if math.isnan(row[n]) else f"{row[n]:.4f}" for n in names[2:]))
+        table.add_row(row["name"], *counts, *(shown(row[name]) for name in names[2:]))
     _print(table)
 
 
@@ -247,12 +243,30 @@ def _parser() -> Parser:
         "--calibrate", choices=calibration.KINDS, help="also write calibrated probabilities, each image's out of fold"
     )
     parser.add_argument("--out", help="file of --calibrate (default: PRED.KIND.csv beside PRED)")
+    add_zero_division(parser, "that of the thresholds.json, else 0")
     parser.add_argument("--per-class", action="store_true", help="print a row per class as well")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--id-column", default="ImageID", help="column of TRUTH (ImageID)")
     parser.add_argument("--labels-column", default="Labels", help="column of TRUTH (Labels)")
     parser.add_argument("--label-separator", default=" ", help="what stands between labels in TRUTH (any white space)")
     return parser
+
+
+def add_zero_division(parser: Parser, said: str, default: int | None = None) -> None:
+    """`said` of the default in the help."""
+    parser.add_argument(
+        "--zero-division",
+        type=int,
+        choices=(0, 1),
+        default=default,
+        help="what a precision, recall or F of nothing over nothing counts, as of an image without true and "
+        f"predicted labels; scikit-learn's parameter (default: {said})",
+    )
+
+
+def zero_division(options: argparse.Namespace, rule: Mapping[str, Any]) -> float:
+    """The flag's, else that which the thresholds were tuned with."""
+    return rule.get("zero_division", 0) if options.zero_division is None else options.zero_division
 
 
 def count(text: str) -> int:

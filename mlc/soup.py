@@ -119,8 +119,7 @@ def _refuse(options: Namespace) -> None:
         raise UserError(
             f"--weights {options.weights} is no part of a checkpoint; with --checkpoints give ema, or nothing"
         )
-    nothing = np.zeros((1, 1), np.float32)
-    known = [name for name, _ in multilabel.evaluate(nothing, nothing) if name != "threshold"]
+    known = multilabel.score_names()
     if options.metric not in known:
         raise UserError(f"--metric {options.metric} is not measured; choose one of {', '.join(known)}")
 
@@ -189,12 +188,20 @@ def _scorer(options: Namespace, model: torch.nn.Module, info: dict[str, Any], fo
     if info["label_names"] != list(dataset.classes):
         raise UserError(f"{options.data} has other classes than the models; score on the data they were trained for")
     features = features_of(options, [info], reader, rows)
+    zero = _zero_division(folder)
 
     def score(state: State) -> dict[str, float]:
         model.load_state_dict(state)
         how = {"captions": captions_of(folder, info, reader), "features": features, "views": tta_views("")}
         scores, seen = predict(model, info, reader, rows, accelerator, options, **how, title="score")
-        return dict(multilabel.evaluate(scores[seen], reader.index.targets(rows[seen])))
+        target = reader.index.targets(rows[seen])
+        found = dict(multilabel.evaluate(scores[seen], target, zero_division=zero))
+        if math.isnan(found[options.metric]):
+            raise UserError(
+                f"--metric {options.metric} has no value: no image of {options.data}, split {options.split}, has a "
+                "label; score on labelled images"
+            )
+        return found
 
     return score
 
@@ -225,7 +232,15 @@ def _write(
     threshold, value = (float(np.mean(given)) if given else 0.5), math.nan
     if scored:
         threshold, value = scored["threshold"], scored["f1_samples@tuned"]
-    thresholds.save(out / "thresholds.json", metric="f1_samples", threshold=threshold, value=value)
+    how = {"metric": "f1_samples", "threshold": threshold, "value": value}
+    how["zero_division"] = _zero_division(next(iter(named.values())))
+    thresholds.save(out / "thresholds.json", **how)
+
+
+def _zero_division(folder: Path) -> float:
+    """As the exported model was scored while it was trained."""
+    file = folder / "thresholds.json"
+    return thresholds.load(file).get("zero_division", 0) if file.is_file() else 0
 
 
 def _parser() -> Parser:

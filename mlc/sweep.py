@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         chosen = chosen[options.task : options.task + 1]
     if options.report_only:
         return _report(sweep)
-    _check(chosen)
+    _check(chosen, sweep.metrics)
     write_settings(chosen)
     if options.slurm is not None:
         return _submit(sweep, chosen, options)
@@ -79,11 +79,14 @@ def _chosen(sweep: Sweep, only: list[str]) -> list[Run]:
 # ---- before anything runs --------------------------------------------------------------------------------------------
 
 
-def _check(runs: list[Run]) -> None:
-    """Raises UserError, naming the variant, for what would stop a run in its first seconds."""
+def _check(runs: list[Run], metrics: list[str]) -> None:
+    """Raises UserError, naming the variant, for what would stop a run in its first seconds, and for a
+    column of the table that no run would fill."""
     for run in {run.variant: run for run in reversed(runs)}.values():
         try:
-            check(run.config)
+            dataset = check(run.config).dataset
+            for metric in metrics:
+                refuse_unknown_metric(metric, dataset, "metric:")
         except UserError as error:
             raise UserError(f"variant {run.variant}: {error}") from error
     for run in runs:
@@ -95,7 +98,7 @@ def check(config: Config) -> Sources:
     sources = open_sources(config)
     if not open_validation(config, sources.dataset):
         raise UserError("a sweep compares evaluations: give --val-split or --fold")
-    refuse_unknown_metric(config, sources.dataset)
+    refuse_unknown_metric(config.eval_metric, sources.dataset)
     size = int(config.global_batch_size or config.batch_size)
     lengths = {"epoch_samples": sources.sampler.epoch_samples, "global_batch": size}
     for stage in stages.lay_out(config, **lengths):

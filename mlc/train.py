@@ -45,7 +45,8 @@ from mlc.profiling import Profiler
 from mlc.report.samples import sample_table
 from mlc.runlog import Meter, RunLog, SampleLog, evaluation_line, memory_gb, training_line
 from mlc.setup import model_of, optimizer_of
-from mlc.validation import evaluate, goodness, refuse_unknown_metric
+from mlc.validation import evaluate, goodness, notes, refuse_unknown_metric
+from shards.console import shown
 
 
 class Ended(Enum):
@@ -83,7 +84,9 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
     sources = open_sources(settings)
     dataset, sampler = sources.dataset, sources.sampler
     validation = open_validation(settings, dataset)
-    refuse_unknown_metric(settings, dataset)
+    refuse_unknown_metric(settings.eval_metric, dataset)
+    if validation:
+        start.notices.extend(notes(settings, dataset, validation[0].index, validation[1]))
     reading = open_reading(settings, sources, start.checkpoint, folder)
     val_captions = reading.evaluation(validation[0].index) if reading and validation else None
     val_features = validation_features(settings, dataset, validation)
@@ -277,12 +280,13 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
         if not accelerator.is_main_process:
             return
         threshold, value = (found["threshold"], found["f1_samples@tuned"]) if found else (config.threshold, math.nan)
+        how = {"metric": "f1_samples", "threshold": threshold, "value": value}
         saved_best = saved["best_step"] if which == "best" else None
         with kept_weights.written_whole(folder, which, keep_step=saved_best) as building:
             export(weights, building, state=state, **described())
             if reading:
                 reading.tokenizer.save(building / "text")
-            thresholds.save(building / "thresholds.json", metric="f1_samples", threshold=threshold, value=value)
+            thresholds.save(building / "thresholds.json", **how, zero_division=config.zero_division)
 
     def described() -> dict[str, Any]:
         return {
@@ -469,7 +473,7 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
     elif ended is not Ended.STAGE:
         best = progress["best"]
         if best:
-            log.say(f"best {config.eval_metric} {best[config.eval_metric]:.4f} at step {progress['best_step']}")
+            log.say(f"best {config.eval_metric} {shown(best[config.eval_metric])} at step {progress['best_step']}")
         if config.dry_run:
             for text in rehearsal.report(accelerator, folder, root, plan.global_batch):
                 log.say(text)

@@ -18,13 +18,14 @@ from rich.console import Console
 from rich.table import Table
 
 from mlc.data.truth import Truth, probabilities_of, truth_of_split, truth_of_table
-from mlc.metrics import thresholds
+from mlc.metrics import multilabel, thresholds
 from mlc.metrics.decision_rules import Setup, cross_fitted, fit, with_rest
-from mlc.metrics.multilabel import fbeta
 from mlc.metrics.threshold_search import Metric
 from mlc.report import threshold_curves
+from mlc.scores import add_zero_division
 from shards.console import Parser, UserError, progress, say
 from shards.files import disk_errors, whole
+from shards.json_text import to_json
 from shards.table import Columns, read_classes
 
 BEST = "best"  # --rule: the one with the best honest value
@@ -32,7 +33,7 @@ BEST = "best"  # --rule: the one with the best honest value
 
 def main(argv: list[str] | None = None) -> int:
     options = _options(argv)
-    metric = Metric.of(options.metric)
+    metric = Metric.of(options.metric, _zero_division(options))
 
     # ---- What is true, what was predicted
     truth = _truth(options)
@@ -68,10 +69,12 @@ def main(argv: list[str] | None = None) -> int:
     if options.json:
         shape = {"metric": metric.name, "images": len(scores), "classes": len(truth.classes), "folds": options.folds}
         shape["at_half"] = half
-        print(json.dumps(shape | {"rules": found, "chosen": chosen, "thresholds": content}))
+        print(to_json(shape | {"rules": found, "chosen": chosen, "thresholds": content}))
     else:
         _print_table(found, fitted, chosen, truth, metric, options.folds)
         say(f"with a threshold of 0.5: {half:.4f}; labels per image in truth: {truth.target.sum(1).mean():.2f}")
+    for text in multilabel.unlabelled(truth.target, metric.zero_division):
+        say(text)
     if out:
         _write(out, content, scores, truth, setup, found, chosen)
     else:
@@ -90,6 +93,13 @@ def _truth(options: Namespace) -> Truth:
     return truth_of_table(Path(options.truth), columns, classes, groups, of=options.classes)
 
 
+def _zero_division(options: Namespace) -> float:
+    """The flag's, else that of the thresholds that the run has."""
+    file = Path(options.run or "") / options.weights / "thresholds.json"
+    known = options.zero_division is None and options.run and file.is_file()
+    return thresholds.load(file).get("zero_division", 0) if known else options.zero_division or 0
+
+
 def _own_predictions(options: Namespace) -> Path:
     """What `mlc eval` and `mlc predict` left in the run."""
     file = Path(options.run) / "predictions" / f"{options.split}.csv"
@@ -102,7 +112,7 @@ def _own_predictions(options: Namespace) -> Path:
 
 
 def _value(predicted: NDArray[np.bool_], truth: Truth, metric: Metric) -> float:
-    return fbeta(predicted, truth.target, average=metric.average, beta=metric.beta)
+    return multilabel.value_of(metric, predicted, truth.target)
 
 
 def _out(options: Namespace, truth: Truth) -> Path | None:
@@ -125,7 +135,7 @@ def _write(
         out.parent.mkdir(parents=True, exist_ok=True)
     found_curves = threshold_curves.curves(scores, truth.target, setup.metric, setup.groups)
     with whole(out.with_name(f"{out.stem}-curves.json")) as building:
-        building.write_text(json.dumps(found_curves | {"rules": found, "chosen": chosen}, ensure_ascii=False) + "\n")
+        building.write_text(to_json(found_curves | {"rules": found, "chosen": chosen}, ensure_ascii=False) + "\n")
     threshold_curves.plot(out.with_suffix(".png"), found_curves, found, chosen)
     thresholds.write(out, content)
     say(f"{out}: {chosen}, {thresholds.describe(content)}; {out.with_suffix('.png').name} beside it")
@@ -187,6 +197,7 @@ def _options(argv: list[str] | None) -> Namespace:
     add("--classes", metavar="YAML", help="classes and groups of --truth (default: the labels found, no groups)")
     add("--label-separator", default=" ", help="what stands between labels of --truth (any white space)")
     add("--metric", default="f1_samples", help="f1_samples, f2_micro, f0.5_macro: any beta (default: f1_samples)")
+    add_zero_division(parser, "that of the run, else 0")
     add("--rule", choices=(BEST, *thresholds.RULES), default=BEST, help="only this one (default: the best of all)")
     add("--shrink", type=_number_from(0), default=20.0, help="weight of a class's own threshold: n / (n + this) (20)")
     add("--min-positives", type=_number_from(0, int), default=10, help="rarer classes take the global threshold (10)")

@@ -3,7 +3,8 @@ of threads, and processes that disagree about the best weights by one bit wait f
 """
 
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,8 +22,8 @@ from mlc.inference import logits_of_rows, probabilities
 from mlc.metrics import multilabel
 from mlc.optim.losses import Loss
 from mlc.parallel import agree
-from shards.console import UserError
-from shards.dataset import Dataset
+from shards.console import UserError, did_you_mean, say
+from shards.dataset import Dataset, Index
 
 
 @dataclass(frozen=True)
@@ -74,26 +75,81 @@ def evaluate(
     def judge() -> dict[str, dict[str, float]]:
         target = reader.index.targets(rows[seen])
         for name, own in zip(models, logits[:, seen], strict=True):
-            loss = loss_fn(torch.from_numpy(own), torch.from_numpy(target)).double().mean().item()
             scores = probabilities(own[:, None])
-            named = multilabel.evaluate(scores, target, threshold=config.threshold, groups=dataset.group_columns)
-            results[name] = Evaluation({"loss": loss, **dict(named)}, rows[seen], scores)
+            metrics = _measured(own, scores, target, config, dataset, loss_fn)
+            if metrics is None:
+                wrong = ~np.isfinite(own).all(1)
+                say(_not_a_number(name, reader.name(int(rows[seen][wrong.argmax()])), wrong.sum()))
+                metrics = dict.fromkeys(score_names(dataset), math.nan) | {"threshold": config.threshold}
+            results[name] = Evaluation(metrics, rows[seen], scores)
         return {name: result.metrics for name, result in results.items()}
 
     told = agree.from_first(judge)
     return results or {name: Evaluation(metrics) for name, metrics in told.items()}
 
 
-def refuse_unknown_metric(config: Config, dataset: Dataset) -> None:
-    """Raises UserError at the start, not after the first epoch, for an `--eval-metric` that nothing measures."""
-    nothing = np.zeros((1, len(dataset.classes)), np.float32)
-    measured = ["loss", *(name for name, _ in multilabel.evaluate(nothing, nothing, groups=dataset.group_columns))]
-    if config.eval_metric not in measured:
-        raise UserError(f"--eval-metric {config.eval_metric} is not measured; choose one of {', '.join(measured)}")
+def _measured(
+    logits: np.ndarray, scores: np.ndarray, target: np.ndarray, config: Config, dataset: Dataset, loss_fn: Loss
+) -> dict[str, float] | None:
+    """{metric: value}; None where a logit is not finite and nothing can be ranked or compared."""
+    if not np.isfinite(logits).all():
+        return None
+    loss = loss_fn(torch.from_numpy(logits), torch.from_numpy(target)).double().mean().item()
+    how = {"groups": dataset.group_columns, "zero_division": config.zero_division}
+    named = multilabel.evaluate(scores, target, config.threshold, **how)
+    return {"loss": loss, **dict(named)}
 
 
-def goodness(metrics: dict[str, float] | None, metric: str) -> float:
-    """What `--eval-metric` ranks weights by: higher is better."""
+def _not_a_number(model: str, sample: str, samples: int) -> str:
+    return (
+        f"{model}: of {sample} the model's output is not a number ({samples} samples), so no metric has "
+        "a value; try --amp-dtype bf16 or none, or a lower --lr"
+    )
+
+
+# ---- the metric that chooses the best weights ------------------------------------------------------------------------
+
+
+def score_names(dataset: Dataset) -> list[str]:
+    """What `--eval-metric` may be: all that is measured and says how good a model is."""
+    return ["loss", *multilabel.score_names(dataset.group_columns)]
+
+
+def refuse_unknown_metric(metric: str, dataset: Dataset, option: str = "--eval-metric") -> None:
+    """Raises UserError at the start, not after the first epoch, for a metric that ranks no weights."""
+    names = score_names(dataset)
+    if metric not in names:
+        known = f"{did_you_mean(metric, names)}; choose one of {', '.join(names)}"
+        what = "is a setting and no score" if metric == "threshold" else "is not measured"
+        raise UserError(f"{option} {metric} {what}{known}")
+
+
+def notes(config: Config, dataset: Dataset, index: Index, rows: np.ndarray) -> list[str]:
+    """Lines for the start of a run about the labels of the rows that it validates on: where none says
+    anything of `--eval-metric`, so that mAP has no value and every F1 is the same, and where rows have none."""
+    metric = config.eval_metric
+    group = metric.partition("/")[2]
+    counted = dataset.group_columns.get(group, range(len(dataset.classes)))
+    columns, owner = index.labels_of(rows)
+    if metric == "loss" or np.isin(columns, counted).any():
+        labelled = np.bincount(owner, minlength=len(rows))[:, None] > 0
+        return multilabel.unlabelled(labelled, config.zero_division)
+    of_group = f" of the group {group}" if group else ""
+    return [
+        f"--eval-metric {metric}: no validation sample has a label{of_group}, so it says nothing of any weights: best/ "
+        "keeps those of the first evaluation. Validate on labelled samples, or choose --eval-metric loss"
+    ]
+
+
+def goodness(metrics: Mapping[str, float | None] | None, metric: str) -> float:
+    """What `--eval-metric` ranks weights by: higher is better. None, no evaluation, is below all others.
+
+    A metric without a value (NaN, and null once it was in a file) is below every value, but above no
+    evaluation: so the first evaluation of a run is always kept, and `best/` is there whatever it came to.
+    """
     if metrics is None:
         return -math.inf
-    return -metrics[metric] if metric == "loss" else metrics[metric]
+    value = metrics[metric]
+    if value is None or not math.isfinite(value):
+        return -sys.float_info.max
+    return -value if metric == "loss" else value

@@ -5,6 +5,7 @@ A mistake of the user's ends as one line on stderr and exit code 2; a traceback 
 
 import argparse
 import difflib
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -61,6 +62,11 @@ def few(names: Sequence[str], limit: int = 12) -> str:
     """The first `limit` names in one line, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def shown(value: float | None, form: str = ".4f") -> str:
+    """A number for people; - for what has no value: nothing was measured, or nothing could be."""
+    return "-" if value is None or math.isnan(value) else format(value, form)
 
 
 def run(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:

@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from shards import urls
 from shards.console import UserError, did_you_mean
+from shards.json_text import to_json
 
 FORMAT = "mlc-shards"
 VERSION = 1
@@ -82,7 +83,7 @@ class Dataset:
     def fingerprint(self) -> str:
         """16 hex digits over the classes and the shards' sha256: equal for equal data, wherever it lies."""
         shards = {name: [shard.sha256 for shard in split.shards] for name, split in sorted(self.splits.items())}
-        text = json.dumps([self.classes, shards], ensure_ascii=True)
+        text = to_json([self.classes, shards], ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
@@ -361,4 +362,4 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_json(path: Path, content: Any) -> None:
     """Writes `content` in one step, as readable UTF-8."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(to_json(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -12,7 +12,6 @@ Written: train.csv, val.csv, test.csv, test_labels.csv, wrong_labels.csv, classe
 
 import argparse
 import csv
-import json
 import os
 import shutil
 from collections import Counter
@@ -26,6 +25,7 @@ import yaml
 
 from shards.console import Parser, UserError, progress, say
 from shards.demo_scenes import SHAPES, SPLITS, Shape, draw_scene, render, scene_labels, spoil, write_caption
+from shards.json_text import to_json
 from shards.workers import default_workers, spread
 
 GENERATION = 1  # raise it when the pictures change, so that an old folder is not taken for a new one
@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> int | None:
     args = parser.parse_args(argv)
     shape, size = SHAPES[args.shape], args.size or SHAPES[args.shape].size
     made_with = (
-        json.dumps(
+        to_json(
             {
                 "samples": args.samples,
                 "seed": args.seed,

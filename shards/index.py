@@ -18,6 +18,7 @@ from braceexpand import UnbalancedBracesError, braceexpand
 
 from shards.console import Parser, UserError, did_you_mean, listed, progress, say
 from shards.dataset import JSON_NAME, Dataset, Shard, Split, load_dataset, write_dataset, write_index
+from shards.json_text import to_json
 from shards.table import found_classes, read_classes
 from shards.tar import Group, Member, file_sha256, groups
 from shards.workers import default_workers, spread
@@ -181,10 +182,10 @@ def _labels(key: str, content: dict, cls: str | None) -> tuple[Label, ...] | Non
     labels = content["labels"]
     if not isinstance(labels, list) or any(isinstance(x, bool) or not isinstance(x, str | int) for x in labels):
         raise UserError(
-            f'{key}.json: "labels" must be a list of class names or of class columns, it is {json.dumps(labels)[:80]}'
+            f'{key}.json: "labels" must be a list of class names or of class columns, it is {to_json(labels)[:80]}'
         )
     if len(set(labels)) < len(labels):
-        raise UserError(f'{key}.json: a label is twice in "labels": {json.dumps(labels)[:80]}')
+        raise UserError(f'{key}.json: a label is twice in "labels": {to_json(labels)[:80]}')
     return tuple(labels)
 
 
@@ -268,7 +269,7 @@ def _write(root: Path, name: str, scans: Sequence[Scan], columns: Sequence[list[
 def _summary(args: Namespace, split: Split, classes: Sequence[str], without_image: int) -> None:
     if args.json:
         print(
-            json.dumps(
+            to_json(
                 {
                     "out": args.out,
                     "split": split.name,

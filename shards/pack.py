@@ -30,6 +30,7 @@ from shards.dataset import (
     write_json,
 )
 from shards.image import pack_file
+from shards.json_text import to_json
 from shards.plan import Plan, Sample, check_images, make_plan, settle
 from shards.stats import label_summary
 from shards.tar import groups, write_tar
@@ -306,7 +307,7 @@ def _sidecar(sample: Sample, classes: Sequence[str]) -> str:
             "columns": list(sample.columns),
             "label": sample.columns[0] if sample.columns else -1,
         }
-    return json.dumps(content, ensure_ascii=False)
+    return to_json(content, ensure_ascii=False)
 
 
 def _write_split(folder: Path, split: str, tasks: Sequence[ShardTask]) -> Split:
@@ -375,7 +376,7 @@ def _summary(dataset: Dataset, args: argparse.Namespace, seconds: float) -> None
             splits[name] |= label_summary(index)
     if args.json:
         print(
-            json.dumps(
+            to_json(
                 {
                     "out": args.out,
                     "fingerprint": dataset.fingerprint,

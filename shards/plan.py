@@ -5,7 +5,6 @@ looked for first and shown together. The hash tells a second run of the same com
 """
 
 import hashlib
-import json
 import re
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from shards.console import UserError, did_you_mean, listed, progress, say
 from shards.dataset import PACKER
 from shards.image import check_files
+from shards.json_text import to_json
 from shards.split import stratified_folds
 from shards.table import Columns, Problems, Row, found_classes, read_classes, read_rows
 from shards.tar import MAX_KEY
@@ -163,9 +163,9 @@ def _hash(args: Namespace, tables: Sequence[str], classes: Sequence[str], groups
     flags = {name: getattr(args, name) for name in PLANNED_FLAGS}
     tables = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in tables]
     has = [args.val_csv is not None, args.test_csv is not None]
-    digest = hashlib.sha256(json.dumps([PACKER, flags, tables, has, classes, groups], sort_keys=True).encode())
+    digest = hashlib.sha256(to_json([PACKER, flags, tables, has, classes, groups], sort_keys=True).encode())
     for row, file in files.items():
-        digest.update(json.dumps([row.image_id, file.path.name, file.size, file.mtime_ns]).encode())
+        digest.update(to_json([row.image_id, file.path.name, file.size, file.mtime_ns]).encode())
     return digest.hexdigest()
 
 

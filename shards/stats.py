@@ -4,7 +4,6 @@ With `--html` also what only eyes can judge: samples of every class, copies, and
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from rich.text import Text
 from shards.captions import SWITCHES, switches
 from shards.console import Parser
 from shards.dataset import Dataset, Index, load_dataset, open_index
+from shards.json_text import to_json
 from shards.stats_captions import show as show_captions
 from shards.stats_labels import show as show_labels
 from shards.workers import default_workers
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         stats_html.write_page(dataset, found, args.html, most=args.most_images, workers=args.workers)
     if args.json:
         print(
-            json.dumps(
+            to_json(
                 {"data": args.data, "fingerprint": dataset.fingerprint, "folds": dataset.folds, "splits": found},
                 ensure_ascii=False,
             )

@@ -4,7 +4,6 @@ A switch that looks harmless can take the very words that matter (stop words con
 examples and the words that disappear most often stand beside the counts.
 """
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from rich.text import Text
 from shards.captions import caption_texts, clean, split_captions
 from shards.console import UserError
 from shards.dataset import Dataset, Index, open_index
+from shards.json_text import to_json
 
 SHOWN = 10  # examples, and words taken away
 
@@ -72,7 +72,7 @@ def show(data: str, dataset: Dataset, names: Sequence[str], chosen: Sequence[str
     if not any(facts["captions"] for facts in found.values()):
         raise UserError(f"{data}: no captions in {', '.join(names)}; `mlc pack` takes them from the column Caption")
     if as_json:
-        print(json.dumps({"data": data, "clean": list(chosen), "splits": found}, ensure_ascii=False))
+        print(to_json({"data": data, "clean": list(chosen), "splits": found}, ensure_ascii=False))
         return
     console = Console(width=None if sys.stdout.isatty() else 160)
     said = f"cleaned: {', '.join(chosen)}" if chosen else "not cleaned; --clean a,b,c shows what its switches do"

@@ -4,7 +4,6 @@ A class without a sample in the first split is no mistake of the data, but every
 here, `mlc train` names it, and `mlc pseudo`, `mlc noise` and `mlc stack` leave it alone.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 
@@ -16,6 +15,7 @@ from rich.text import Text
 
 from shards.console import UserError
 from shards.dataset import Dataset, Index, open_index
+from shards.json_text import to_json
 from shards.stats_facts import alone, label_matrix, together
 
 MOST = 12  # pairs of each kind that a table shows
@@ -73,7 +73,7 @@ def show(data: str, dataset: Dataset, names: Sequence[str], *, as_json: bool) ->
     if not found:
         raise UserError(f"{data}: no labels in {', '.join(names)}")
     if as_json:
-        print(json.dumps({"data": data, "fingerprint": dataset.fingerprint, "splits": found}, ensure_ascii=False))
+        print(to_json({"data": data, "fingerprint": dataset.fingerprint, "splits": found}, ensure_ascii=False))
         return
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     first = next(iter(found))

@@ -5,7 +5,6 @@ are compared with their sha256, the index with the tars' own headers, and every 
 its crc32.
 """
 
-import json
 import zlib
 from collections import defaultdict
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import numpy as np
 from shards.console import Parser, UserError, listed, progress, say
 from shards.dataset import Dataset, Index, Shard, load_dataset, open_index
 from shards.index import read_sidecar
+from shards.json_text import to_json
 from shards.repair import QUARANTINE, image_problem, keys_twice, labels_differ, read_quarantine, repair, survey
 from shards.tar import Group, file_sha256
 from shards.urls import is_url, redact
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.repair:
         found["quarantined"] = [entry._asdict() for entry in lost if entry.key]
     if args.json:
-        print(json.dumps(found, ensure_ascii=False))
+        print(to_json(found, ensure_ascii=False))
     else:
         known = sum(bool(entry.key) for entry in read_quarantine(dataset.root))
         _say(found, known, decoded=args.decode)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from mlc.config import Config
-from mlc.runlog import RunLog, SampleLog, duration, read_log
+from mlc.runlog import RunLog, SampleLog, duration, evaluation_line, read_log
 from shards.console import UserError
 
 
@@ -97,3 +97,17 @@ def test_a_bar_on_a_terminal_and_none_under_slurm(tmp_path, monkeypatch):
     assert b"4/4" in shown and b"a line" in shown and b"\x1b[?25h" in shown  # the cursor is back
     shown = bars(tmp_path / "slurm", monkeypatch, SLURM_JOB_ID="7")
     assert b"4/4" not in shown and b"a line" in shown
+
+
+def test_a_value_that_is_not_finite_is_null_in_the_log_and_a_dash_for_people(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "val/map": NaN, "train/grad_norm": Infinity}\n')  # of an older run
+    log = RunLog(tmp_path, Config(), enabled=True, resumed_step=1)
+    log.write(step=2, **{"val/map": float("nan"), "val/loss": 0.5})
+    log.close()
+    text = (tmp_path / "log.jsonl").read_text()
+    assert text.splitlines()[1] == '{"step": 2, "val/map": null, "val/loss": 0.5}'
+    assert "NaN" not in text and "Infinity" not in text
+    assert [line["val/map"] for line in read_log(tmp_path / "log.jsonl")] == [None, None]
+    assert [row["val/map"] for row in csv.DictReader((tmp_path / "summary.csv").open())] == ["", ""]
+    names = ("loss", "map", "f1_samples", "f1_samples@tuned", "f1_micro", "f1_macro", "threshold")
+    assert evaluation_line(2, "val", dict.fromkeys(names, 0.5) | {"map": float("nan")}).count("mAP -  F1") == 1

@@ -364,3 +364,23 @@ def test_a_task_trains_in_its_folder_and_says_how_long(shards, tmp_path, monkeyp
 
 def test_the_shipped_file_is_what_the_shell_can_read():
     assert subprocess.run(["bash", "-n"], input=slurm.render("sweep", {}, {}, ["a b"]), text=True).returncode == 0
+
+
+def test_a_metric_without_a_value_is_a_dash_and_comes_last(tmp_path, capsys):
+    """What a log has as null where no validation sample has a label; an old one has a NaN."""
+    content = {"metric": ["map", "loss"], "variants": {"none": {}, "plain": {}}}
+    found = read(sweep_file(tmp_path, **content), given={}, seeds=[5], out=str(tmp_path / "o"))
+    for run, value in zip(found.runs, (float("nan"), 0.4), strict=True):
+        finished_run(run, [{"val/map": value, "val/loss": 0.1}])
+    best, worst = report.lines(found, report.rows(found))
+    assert (best.variant, list(report._cells(worst, ["map"]))[:3]) == ("plain", ["none", "0", "-"])
+    assert sweep._report(found) == 0
+    text = (tmp_path / "o" / "summary.md").read_text() + capsys.readouterr().out
+    assert "| none | 0 | - |" in text and "nan" not in text
+
+
+def test_each_metric_of_the_table_must_be_a_score(shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jobs, "work", None)
+    file = sweep_file(tmp_path, base=TINY, variants={"a": {}}, metric=["map", "threshold"])
+    assert run_verb(sweep.main, [file, "--data", str(shards), "--out", str(tmp_path / "out")]) == 2
+    assert "metric: threshold is a setting and no score; choose one of loss, map," in capsys.readouterr().err

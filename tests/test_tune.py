@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pyarrow as pa
 import pytest
+from sklearn.metrics import f1_score
 
 from mlc.cli import main
 from mlc.data.prediction_files import write_probabilities
@@ -187,3 +188,24 @@ def test_help_has_an_example(capsys):
     with pytest.raises(SystemExit):
         main(["tune", "--help"])
     assert "mlc tune --run" in capsys.readouterr().out
+
+
+def test_labels_on_images_without_any_cost_where_they_should(folder, capsys):
+    """The convention is in the file, so that what reads it scores and decides in the same way."""
+    scores, target = known(folder)
+    bare = int((~target.any(1)).sum())
+    for zero in (0, 1):
+        flags = ["--rule", "global", "--zero-division", str(zero), "--out", "t.json"]
+        assert main(["tune", "p.csv", *TRUTH, *flags]) == 0
+        assert f"{bare} of 60 samples have no true label: each counts {zero}" in capsys.readouterr().err
+        stored = thresholds.load("t.json")
+        assert stored.get("zero_division", 0) == zero
+        assert main(["eval", "p.csv", "truth.csv", "--threshold", "t.json", "--json"]) == 0
+        printed = capsys.readouterr()
+        found = json.loads(printed.out)
+        expected = f1_score(target, scores > stored["global"], average="samples", zero_division=zero)
+        assert found["f1_samples"] == pytest.approx(expected) == found["f1_samples@tuned"] == stored["value"]
+        assert found["threshold"] == stored["global"] and f"each counts {zero}" in printed.err
+    (folder / "t.json").write_text('{"global": 0.5, "zero_division": "warn"}')
+    assert main(["eval", "p.csv", "truth.csv", "--threshold", "t.json"]) == 2
+    assert "\"zero_division\" must be 0 or 1, not 'warn'" in capsys.readouterr().err

@@ -21,6 +21,7 @@ import torch
 from shards.console import UserError, did_you_mean
 from shards.dataset import Dataset, Index
 from shards.files import whole
+from shards.json_text import to_json
 
 _META = b"mlc-features"
 _AGAIN = "`mlc features` makes it"
@@ -53,7 +54,7 @@ def write_features(
             ("split", pa.string()),
             ("features", pa.list_(pa.from_numpy_dtype(first.dtype), first.shape[1])),
         ],
-        {_META: json.dumps(told).encode()},
+        {_META: to_json(told).encode()},
     )
     with (
         whole(path, pa.ArrowException) as building,

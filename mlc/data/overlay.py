@@ -19,6 +19,7 @@ from mlc.data.reader import check_shards
 from shards.console import UserError
 from shards.dataset import SCHEMA, Dataset, Index, load_dataset, open_index
 from shards.files import disk_errors, whole
+from shards.json_text import to_json
 
 PREFIX = "pseudo:"
 ABOUT = b"mlc overlay"  # key of the schema's metadata
@@ -82,7 +83,7 @@ def write_overlay(
         columns["soft"] = pa.FixedSizeListArray.from_arrays(values, len(dataset.classes))
     where = dataset.url or os.path.relpath(dataset.root, path.parent)
     about = {"data": where, "split": split, "fingerprint": dataset.fingerprint, "samples": len(rows)}
-    schema = schema.with_metadata({ABOUT: json.dumps(about).encode()})
+    schema = schema.with_metadata({ABOUT: to_json(about).encode()})
     batch = pa.record_batch([columns[name] for name in schema.names], schema=schema)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ import numpy as np
 from shards.captions import words
 from shards.console import UserError
 from shards.files import disk_errors, whole
+from shards.json_text import to_json
 
 PAD, UNK = 0, 1  # of a word vocabulary
 VOCABULARY = "vocabulary.json"
@@ -89,7 +90,7 @@ class Words:
     def save(self, folder: str | Path) -> None:
         with whole(Path(folder) / VOCABULARY) as building:
             content = {"max_tokens": self.max_tokens, "words": self.words}
-            building.write_text(json.dumps(content, ensure_ascii=False, indent=0), encoding="utf-8")
+            building.write_text(to_json(content, ensure_ascii=False, indent=0), encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> "Words":
@@ -201,7 +202,7 @@ def load_tokenizer(folder: str | Path, max_tokens: int | None = None) -> Tokeniz
 def numbering(tokenizer: Tokenizer) -> str:
     """The same for tokenizers that number the same words alike: a model of one reads the tokens of the other."""
     names = tokenizer.words if isinstance(tokenizer, Words) else sorted(tokenizer._fast.get_vocab().items())
-    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
+    return hashlib.sha256(to_json(names).encode()).hexdigest()[:16]
 
 
 def _from_hub(auto, name: str):

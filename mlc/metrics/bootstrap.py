@@ -2,7 +2,9 @@
 of one image go together; two models are compared on the same draws, where what is hard for both cancels.
 
 Efron and Tibshirani 1993, "An Introduction to the Bootstrap": percentile intervals, and the share of replicates on the
-other side of zero as the p-value.
+other side of zero as the p-value; both after the replicates' bias is taken off (chapter 10). Where classes have three
+to five positives it is larger than the spread of a mean over many classes: a positive that is drawn twice stands before
+itself and raises its average precision, and a class whose positives are not drawn has an F1 of 0.
 """
 
 from collections.abc import Mapping
@@ -40,11 +42,24 @@ def draws(images: int, count: int, seed: int = 0) -> NDArray[np.uint8]:
     return np.ascontiguousarray(found.T)
 
 
-def interval(replicates: NDArray) -> Interval:
-    """The middle 95 % of [B]; nan where a replicate has no value only counts among those that have."""
-    if np.isnan(replicates).all():
+def interval(replicates: NDArray, value: float) -> Interval:
+    """The middle 95 % of a metric's [B], less their bias: their mean is moved to the `value` of the images themselves.
+    What is in 0..1 stays there; nan where no replicate has a value, one without is left out."""
+    low, high = _middle(_centred(replicates, value))
+    bounded = not (np.nanmin(replicates, initial=0) < 0 or np.nanmax(replicates, initial=1) > 1)
+    return Interval(max(low, 0.0), min(high, 1.0)) if bounded else Interval(low, high)
+
+
+def _centred(replicates: NDArray, value: float) -> NDArray:
+    """Those that have a value, so that their mean is the `value`."""
+    known = replicates[~np.isnan(replicates)]
+    return known - (known.mean() - value) if known.size and not np.isnan(value) else known
+
+
+def _middle(values: NDArray) -> Interval:
+    if not values.size:
         return Interval(np.nan, np.nan)
-    low, high = np.nanpercentile(replicates, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
+    low, high = np.percentile(values, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
     return Interval(float(low), float(high))
 
 
@@ -62,8 +77,8 @@ def compare(one: Scorecard, other: Scorecard, weights: NDArray) -> dict[str, Dif
 
 def difference(name: str, value: float, replicates: NDArray) -> Difference:
     """p, two-sided: how often a draw says the contrary; never below 1 / (draws + 1), which is all they can show."""
-    low, high = interval(replicates)
-    known = replicates[~np.isnan(replicates)]
+    known = _centred(replicates, value)
+    low, high = _middle(known)
     contrary = min((known <= 0).sum(), (known >= 0).sum())
     p = min(1.0, 2 * (1 + contrary) / (1 + len(known)))
     clear = p < 1 - LEVEL and value != 0
@@ -73,4 +88,5 @@ def difference(name: str, value: float, replicates: NDArray) -> Difference:
 
 def intervals(card: Scorecard, weights: NDArray) -> Mapping[str, Interval]:
     """{metric: its 95 % interval}."""
-    return {name: interval(values) for name, values in card.at(weights).items()}
+    found = card.at()
+    return {name: interval(values, found[name][0]) for name, values in card.at(weights).items()}

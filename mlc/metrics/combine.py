@@ -86,7 +86,9 @@ def tuned_per_class(stack: NDArray, target: NDArray, prior: float = PRIOR) -> ND
     return np.stack([_least(stack[:, :, [c]], target[:, [c]], together, prior) for c in columns], axis=1)
 
 
-def greedy(stack: NDArray, target: NDArray, metric: str = "f1_samples") -> NDArray[np.float64]:
+def greedy(
+    stack: NDArray, target: NDArray, metric: str = "f1_samples", zero_division: float = 0.0
+) -> NDArray[np.float64]:
     """[M]: from nothing, always add the model that gives the best `metric` of the mean, the same one as often as it is
     the best; the weights are the counts at the best moment (Caruana et al. 2004, "Ensemble selection").
 
@@ -95,7 +97,8 @@ def greedy(stack: NDArray, target: NDArray, metric: str = "f1_samples") -> NDArr
     counts, kept, best = np.zeros(len(stack)), np.ones(len(stack)), -1.0
     total = np.zeros(stack.shape[1:], np.float32)
     for size in range(1, ROUNDS + 1):
-        values = [value((total + answers) / np.float32(size), target, metric) for answers in stack]
+        means = ((total + answers) / np.float32(size) for answers in stack)
+        values = [value(scores, target, metric, zero_division) for scores in means]
         chosen = int(np.argmax(values))
         total += stack[chosen]
         counts[chosen] += 1
@@ -140,15 +143,20 @@ def _least(stack: NDArray, target: NDArray, towards: NDArray, prior: float = 0.0
 # ---- scores ----------------------------------------------------------------------------------------------------------
 
 
-def value(scores: NDArray, target: NDArray, metric: str) -> float:
+def value(scores: NDArray, target: NDArray, metric: str, zero_division: float = 0.0) -> float:
     """`map`, or any F-beta (`f2_samples`) at its best single threshold."""
     if metric == "map":
         return multilabel.mean_average_precision(scores, target)
-    return best_global_threshold(scores, target, metric)[1]
+    return best_global_threshold(scores, target, metric, zero_division)[1]
 
 
 def cross_fitted(
-    stack: NDArray, target: NDArray, fit: Fit, metrics: tuple[str, ...], folds: int = 5
+    stack: NDArray,
+    target: NDArray,
+    fit: Fit,
+    metrics: tuple[str, ...],
+    folds: int = 5,
+    zero_division: float = 0.0,
 ) -> dict[str, float]:
     """What `fit` and the threshold are worth for samples that they were not made for, {metric: value}.
 
@@ -163,12 +171,10 @@ def cross_fitted(
         weights = fit(stack[:, others], target[others])
         scores[own], known = mean(stack[:, own], weights), mean(stack[:, others], weights)
         for metric, predicted in decided.items():
-            threshold = best_global_threshold(known, target[others], metric)[0]
+            threshold = best_global_threshold(known, target[others], metric, zero_division)[0]
             predicted[own] = scores[own] > np.float32(threshold)
-    found = {metric: _fbeta(predicted, target, metric) for metric, predicted in decided.items()}
+    found = {
+        metric: multilabel.value_of(Metric.of(metric, zero_division), predicted, target)
+        for metric, predicted in decided.items()
+    }
     return {metric: found[metric] if metric in found else value(scores, target, metric) for metric in metrics}
-
-
-def _fbeta(predicted: NDArray, target: NDArray, name: str) -> float:
-    metric = Metric.of(name)
-    return multilabel.fbeta(predicted, target, average=metric.average, beta=metric.beta)

@@ -55,11 +55,11 @@ def with_rest(groups: Mapping[str, Sequence[int]], classes: int) -> dict[str, li
 def fit(rules: Sequence[str], scores: NDArray, target: NDArray, setup: Setup) -> dict[str, dict[str, Any]]:
     """{rule: the content of its `thresholds.json`}, scores floating [N, C], target bool [N, C]."""
     start = 0.5
-    if target.any():
+    if target.any() or setup.metric.zero_division:
         (start,), _ = best_thresholds(scores, target, setup.metric)
     found = {}
     for rule in rules:
-        content = {"metric": setup.metric.name, "rule": rule, "global": start}
+        content = setup.metric.described | {"rule": rule, "global": start}
         found[rule] = content | _FIT[rule](scores, target, setup, start)
     return found
 

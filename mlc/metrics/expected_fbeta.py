@@ -17,10 +17,11 @@ DEPTH = 64  # labels that an answer has at most
 CHUNK = 512  # rows at a time: bounds the memory to DEPTH^2 numbers for each
 
 
-def decide(probabilities: NDArray, beta: float = 1.0) -> NDArray[np.bool_]:
+def decide(probabilities: NDArray, beta: float = 1.0, zero_division: float = 0.0) -> NDArray[np.bool_]:
     """bool [N, C]: the best answer of up to DEPTH labels for each row of probabilities [N, C].
 
-    An F-beta of nothing over nothing counts as 0, so at least the likeliest label is given unless all are impossible.
+    An F-beta of nothing over nothing counts as zero_division. With 0 at least the likeliest label is given unless all
+    are impossible; with 1 none is given where that is the best guess.
     Of more than DEPTH classes the least likely count as that many rare events: the number of true ones among them is
     Poisson, with an error in probability below the sum of their squares (Le Cam 1960).
     """
@@ -30,12 +31,14 @@ def decide(probabilities: NDArray, beta: float = 1.0) -> NDArray[np.bool_]:
         order = np.argsort(-rows, axis=1, kind="stable")[:, :DEPTH]
         likeliest = np.take_along_axis(rows, order, 1).astype(np.float64)
         others = np.maximum(rows.sum(1, dtype=np.float64) - likeliest.sum(1), 0) * (rows.shape[1] > DEPTH)
-        size = expected_values(likeliest, beta, others).argmax(1)
+        size = expected_values(likeliest, beta, others, zero_division).argmax(1)
         np.put_along_axis(predicted[first : first + CHUNK], order, np.arange(order.shape[1]) < size[:, None], 1)
     return predicted
 
 
-def expected_values(falling: NDArray, beta: float, others: NDArray | None = None) -> NDArray[np.float64]:
+def expected_values(
+    falling: NDArray, beta: float, others: NDArray | None = None, zero_division: float = 0.0
+) -> NDArray[np.float64]:
     """[N, D + 1]: the expected F-beta of the first 0, 1, ..., D labels, whose probabilities fall, [N, D].
 
     others: how many of the labels beyond these are true on average, [N]; none without it.
@@ -45,6 +48,7 @@ def expected_values(falling: NDArray, beta: float, others: NDArray | None = None
     chosen = np.zeros((rows, depth + 1))  # [N, a]: the probability that a of the first k are true
     chosen[:, 0] = 1
     values = np.zeros((rows, depth + 1))
+    values[:, 0] = zero_division * remaining[:, 0, 0]  # no label given: right if none is true
     true_left = np.arange(remaining.shape[2])[:, None]
     for k in range(1, depth + 1):
         chosen = _with_one_more(chosen, falling[:, k - 1])

@@ -1,15 +1,17 @@
 """Exact multi-label metrics on the whole split at once: averaging a metric over batches or ranks gives another number,
 one that changes with the batch size. Plain NumPy in, plain floats out; the same code scores a run and a CSV file.
 
-Conventions are scikit-learn's, with `zero_division=0`: an F1, precision or recall of nothing over nothing is 0.
+Conventions are scikit-learn's: an F1, precision or recall of nothing over nothing is `zero_division`, 0 or 1. With 0 a
+label that is predicted for a sample without true labels costs nothing in the mean over samples.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from mlc.metrics.threshold_search import Metric
 from mlc.metrics.thresholds import best_global_threshold
 
 _AXIS = {"samples": 1, "macro": 0, "micro": None}
@@ -20,6 +22,7 @@ def evaluate(
     target: NDArray,
     threshold: ArrayLike = 0.5,
     groups: Mapping[str, Sequence[int]] | None = None,
+    zero_division: float = 0.0,
 ) -> Iterator[tuple[str, float]]:
     """Yields (name, value): map, f1_samples, f1_micro, f1_macro, f1_samples@tuned and the tuned `threshold`; then, for
     each group of columns, map/NAME, f1_samples/NAME, f1_micro/NAME and f1_macro/NAME.
@@ -30,21 +33,29 @@ def evaluate(
     target = np.asarray(target) > 0.5
     predicted = scores > np.asarray(threshold, scores.dtype)
     precision = average_precision(scores, target)
-    yield from _at(precision, predicted, target)
-    tuned, value = best_global_threshold(scores, target)
+    yield from _at(precision, predicted, target, zero_division)
+    tuned, value = best_global_threshold(scores, target, zero_division=zero_division)
     yield "f1_samples@tuned", value
     yield "threshold", tuned
     for name, columns in (groups or {}).items():
         columns = list(columns)
-        for metric, value in _at(precision[columns], predicted[:, columns], target[:, columns]):
+        own = precision[columns], predicted[:, columns], target[:, columns]
+        for metric, value in _at(*own, zero_division):
             yield f"{metric}/{name}", value
 
 
-def _at(precision: NDArray, predicted: NDArray, target: NDArray) -> Iterator[tuple[str, float]]:
+def score_names(groups: Iterable[str] = ()) -> list[str]:
+    """The names of `evaluate` whose values rank models: all but the tuned `threshold`."""
+    nothing = np.zeros((1, 1), np.float32)
+    named = evaluate(nothing, nothing, groups={name: [0] for name in groups})
+    return [name for name, _ in named if name != "threshold"]
+
+
+def _at(precision: NDArray, predicted: NDArray, target: NDArray, zero_division: float) -> Iterator[tuple[str, float]]:
     yield "map", _mean_of_present(precision)
-    yield "f1_samples", f1_samples(predicted, target)
-    yield "f1_micro", f1_micro(predicted, target)
-    yield "f1_macro", f1_macro(predicted, target)
+    for average in ("samples", "micro", "macro"):
+        value = fbeta(predicted, target, average=average, zero_division=zero_division)
+        yield f"f1_{average}", value
 
 
 def average_precision(scores: NDArray, target: NDArray) -> NDArray[np.float64]:
@@ -80,18 +91,46 @@ def _mean_of_present(precision: NDArray) -> float:
     return float(present.mean()) if present.size else float("nan")
 
 
-def fbeta(predicted: NDArray, target: NDArray, *, average: str, beta: float = 1.0) -> float:
+def fbeta(
+    predicted: NDArray,
+    target: NDArray,
+    *,
+    average: str,
+    beta: float = 1.0,
+    zero_division: float = 0.0,
+) -> float:
     """(1 + b^2) TP / ((1 + b^2) TP + b^2 FN + FP) in 0..1; average is `samples`, `macro` (classes) or `micro` (pooled).
 
-    predicted and target bool [N, C]; beta above 1 favours recall. van Rijsbergen 1979, "Information Retrieval".
+    predicted and target bool [N, C]; beta above 1 favours recall; zero_division is the value of nothing predicted where
+    nothing is true. van Rijsbergen 1979, "Information Retrieval".
     """
     hits, chosen, true = _counts(predicted, target, _AXIS[average])
-    return float(np.mean(_ratio((1 + beta**2) * hits, beta**2 * true + chosen)))
+    whole = beta**2 * true + chosen
+    return float(np.mean(_ratio((1 + beta**2) * hits, whole, zero_division)))
+
+
+def value_of(metric: Metric, predicted: NDArray, target: NDArray) -> float:
+    """The F-beta that the metric names, of predicted and target bool [N, C]."""
+    how = {"beta": metric.beta, "zero_division": metric.zero_division}
+    return fbeta(predicted, target, average=metric.average, **how)
 
 
 f1_samples = partial(fbeta, average="samples")
 f1_macro = partial(fbeta, average="macro")
 f1_micro = partial(fbeta, average="micro")
+
+
+def unlabelled(target: NDArray, zero_division: float = 0.0) -> list[str]:
+    """A line for people about the samples without a true label, bool [N, C], since their part in an
+    F1 over samples is a convention and not a fact; none where there are none."""
+    bare = len(target) - np.count_nonzero(target.any(1))
+    if not bare:
+        return []
+    each = "0 in an F1 over samples whatever is predicted, so a label predicted there costs nothing, for the tuned "
+    each += "threshold too; --zero-division 1 counts 1 where nothing is predicted"
+    if zero_division:
+        each = "1 in an F1 over samples where nothing is predicted (--zero-division 1), else 0"
+    return [f"{bare} of {len(target)} samples have no true label: each counts {each}"]
 
 
 def summary(scores: NDArray, target: NDArray, threshold: ArrayLike = 0.5) -> dict[str, float]:
@@ -116,7 +155,7 @@ def _counts(predicted: NDArray, target: NDArray, axis: int | None) -> tuple[NDAr
     return tuple(np.sum(mask, axis=axis, dtype=np.float64) for mask in (predicted & target, predicted, target))
 
 
-def _ratio(part: ArrayLike, whole: ArrayLike) -> NDArray[np.float64]:
-    """part / whole, 0 where whole is 0."""
+def _ratio(part: ArrayLike, whole: ArrayLike, empty: float = 0.0) -> NDArray[np.float64]:
+    """part / whole, `empty` where whole is 0."""
     whole = np.asarray(whole, np.float64)
-    return np.divide(part, whole, out=np.zeros_like(whole), where=whole != 0)
+    return np.divide(part, whole, out=np.full_like(whole, empty), where=whole != 0)

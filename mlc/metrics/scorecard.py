@@ -2,8 +2,8 @@
 counted as often as a bootstrap draws them they are its replicates. One formula for both, so an interval belongs to
 exactly the number beside it.
 
-Conventions are scikit-learn's, with `zero_division=0`; a class without positives has no average precision and is left
-out of `map`.
+Conventions are scikit-learn's, `zero_division` among them; a class without positives has no average precision and is
+left out of `map`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,11 +30,13 @@ class Scorecard:
         predicted: NDArray,
         target: NDArray,
         groups: Mapping[str, Sequence[int]] | None = None,
+        zero_division: float = 0.0,
     ):
         """scores: probabilities, floating [N, C]; None where there are only label sets, as in a submission, which have
-        no loss, ranking or calibration. predicted, target bool [N, C]; groups {name: columns}."""
+        no loss, ranking or calibration. predicted, target bool [N, C]; groups {name: columns}; zero_division: what a
+        precision, recall or F of nothing over nothing is."""
         assert predicted.shape == target.shape, f"predicted {predicted.shape} and target {target.shape} differ in shape"
-        self._scores, self._target = scores, target
+        self._scores, self._target, self._empty = scores, target, zero_division
         self._groups = {"": range(target.shape[1])} | dict(groups or {})
         self._hits, self._chosen, self._true = (
             csr_array(mask, dtype=np.float64) for mask in (predicted & target, predicted, target)
@@ -50,7 +52,7 @@ class Scorecard:
             self._means |= ranking(scores, target)
             self._bins = calibration_bins(scores, target)
         for name, (hits, chosen, true) in self._counts.items():
-            for metric, values in _rates(hits, chosen, true):
+            for metric, values in _rates(hits, chosen, true, zero_division):
                 if not name or metric.startswith("f"):
                     self._means[_named(f"{metric}_samples", name)] = values
 
@@ -91,7 +93,7 @@ class Scorecard:
         found["ap"] = np.full(len(true), np.nan)
         if self._scores is not None:
             found["ap"] = self._precision[:, 0]
-        rates = dict(_rates(hits, chosen, true))
+        rates = dict(_rates(hits, chosen, true, self._empty))
         return found | {name: rates[name] for name in ("precision", "recall", "f1")}
 
     def _decided(self, weights: NDArray) -> dict[str, NDArray]:
@@ -99,17 +101,17 @@ class Scorecard:
         values = np.stack(list(self._means.values())) @ weights / total
         found = dict(zip(self._means, values, strict=True))
         for name, counts in self._counts.items():
-            for metric, value in _rates(*(counts @ weights)):
+            for metric, value in _rates(*(counts @ weights), self._empty):
                 if not name or metric.startswith("f"):
                     found[_named(f"{metric}_micro", name)] = value
         by_class = [matrix.T @ weights for matrix in (self._hits, self._chosen, self._true)]
         for name, columns in self._groups.items():
             own = [matrix[list(columns)] for matrix in by_class]
-            for metric, value in _rates(*own):
+            for metric, value in _rates(*own, self._empty):
                 if not name or metric.startswith("f"):
                     found[_named(f"{metric}_macro", name)] = value.mean(0)
                 if not name:
-                    found[f"{metric}_weighted"] = ratio((value * own[2]).sum(0), own[2].sum(0))
+                    found[f"{metric}_weighted"] = _weighted(value, own[2])
         for letter, average in (("C", "macro"), ("O", "micro")):  # Wang et al. 2016, "CNN-RNN"
             precision, recall = found[f"precision_{average}"], found[f"recall_{average}"]
             found |= {f"{letter}P": precision, f"{letter}R": recall}
@@ -183,17 +185,23 @@ def mean_of_present(values: NDArray) -> NDArray[np.float64]:
     return np.divide(np.nansum(values, axis=0), count, out=np.full(values.shape[1], np.nan), where=count > 0)
 
 
-def ratio(part: ArrayLike, whole: ArrayLike) -> NDArray[np.float64]:
-    """part / whole, 0 where whole is 0."""
+def ratio(part: ArrayLike, whole: ArrayLike, empty: float = 0.0) -> NDArray[np.float64]:
+    """part / whole, `empty` where whole is 0."""
     whole = np.asarray(whole, np.float64)
-    return np.divide(part, whole, out=np.zeros_like(whole), where=whole != 0)
+    return np.divide(part, whole, out=np.full_like(whole, empty), where=whole != 0)
 
 
-def _rates(hits: NDArray, chosen: NDArray, true: NDArray) -> Iterator[tuple[str, NDArray]]:
-    yield "precision", ratio(hits, chosen)
-    yield "recall", ratio(hits, true)
-    yield "f1", ratio(2 * hits, true + chosen)
-    yield "f2", ratio(5 * hits, 4 * true + chosen)
+def _weighted(values: NDArray, true: NDArray) -> NDArray[np.float64]:
+    """[B]: mean over the classes of [C, B] by their true labels; where there are none, as of equals."""
+    total = true.sum(0)
+    return np.where(total > 0, ratio((values * true).sum(0), total), values.mean(0))
+
+
+def _rates(hits: NDArray, chosen: NDArray, true: NDArray, empty: float) -> Iterator[tuple[str, NDArray]]:
+    yield "precision", ratio(hits, chosen, empty)
+    yield "recall", ratio(hits, true, empty)
+    yield "f1", ratio(2 * hits, true + chosen, empty)
+    yield "f2", ratio(5 * hits, 4 * true + chosen, empty)
 
 
 def _named(metric: str, group: str) -> str:

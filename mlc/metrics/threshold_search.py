@@ -11,9 +11,10 @@ on, and end where no single threshold can be improved.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,22 +30,36 @@ EPSILON = 1e-12  # gains below are rounding
 
 @dataclass(frozen=True)
 class Metric:
-    """F-beta over samples, micro (pooled) or macro (classes); `name` is written f1_samples, f2_micro, f0.5_macro."""
+    """F-beta over samples, micro (pooled) or macro (classes); `name` is written f1_samples, f2_micro, f0.5_macro.
+
+    `zero_division`, 0 or 1, is what a unit counts that has neither true nor predicted labels.
+    """
 
     beta: float = 1.0
     average: str = "samples"
+    zero_division: float = 0.0
 
     @property
     def name(self) -> str:
         return f"f{self.beta:g}_{self.average}"
 
+    @property
+    def described(self) -> dict[str, Any]:
+        """Its part of a `thresholds.json`; `of_rule` reads it."""
+        return {"metric": self.name} | ({"zero_division": 1} if self.zero_division else {})
+
     @classmethod
-    def of(cls, name: str) -> "Metric":
+    def of_rule(cls, rule: Mapping[str, Any]) -> "Metric":
+        """What the content of a `thresholds.json` was tuned for; F1 over samples where it says nothing."""
+        return cls.of(rule.get("metric") or cls().name, rule.get("zero_division", 0))
+
+    @classmethod
+    def of(cls, name: str, zero_division: float = 0.0) -> "Metric":
         """Raises UserError for a name that is none."""
         found = re.fullmatch(rf"f(\d+(?:\.\d+)?)_({'|'.join(AVERAGES)})", name)
         if not found or not float(found[1]):
             raise UserError(f"{name!r} is no metric; write f1_samples, f2_samples, f1_micro, f0.5_macro or the like")
-        return cls(float(found[1]), found[2])
+        return cls(float(found[1]), found[2], zero_division)
 
     def unit(self, row: NDArray, column: NDArray) -> NDArray[np.intp]:
         """The unit of each entry of a matrix, given its place."""
@@ -60,7 +75,7 @@ def best_thresholds(
     blocks: Sequence[slice | Sequence[int]] = (slice(None),),
     start: float | None = None,
 ) -> tuple[list[float], float]:
-    """(a threshold for each block, the metric's value), by the rule `score > threshold`; F-beta of nothing is 0.
+    """(a threshold for each block, the metric's value), by the rule `score > threshold`.
 
     scores floating [N, C], target bool [N, C]; blocks are disjoint columns of any number. Columns in no block, and
     blocks to begin with, are predicted above `start` (none of them: nothing is); a block leaves `start` only for
@@ -106,8 +121,9 @@ class Counts:
         return float(self.fbeta(self.hits, self.chosen + self.weight).mean())
 
     def fbeta(self, hits: NDArray, whole: NDArray) -> NDArray:
-        """(1 + b^2) hits / whole, whole = predictions + b^2 true labels; 0 of nothing."""
-        return (1 + self.metric.beta**2) * hits / np.maximum(whole, EPSILON)
+        """(1 + b^2) hits / whole, whole = predictions + b^2 true labels; `zero_division` of nothing."""
+        value = (1 + self.metric.beta**2) * hits / np.maximum(whole, EPSILON)
+        return value + (whole == 0) if self.metric.zero_division else value
 
 
 def per_unit(mask: NDArray, metric: Metric) -> NDArray[np.float64]:
@@ -198,10 +214,11 @@ class Block:
 
     @property
     def threshold(self) -> float:
-        if self._moved_to is None:
+        if self._moved_to is None and np.isfinite(self._start):
             return self._start
-        below = self._highest_left() if self._moved_to == self.entries.scores.size else -np.inf
-        return self.entries.between(self._moved_to, below)
+        end = self._moved_to or 0  # without a start and not moved: to predict nothing is best
+        below = self._highest_left() if end == self.entries.scores.size else -np.inf
+        return self.entries.between(end, below)
 
     def improve(self, counts: Counts) -> bool:
         """Moves to the best threshold there is while the other blocks keep theirs; whether that was any better."""

@@ -11,7 +11,8 @@ stands in `thresholds.json` beside a checkpoint, and every story that predicts l
     top-k                 classes [name], groups {name: {threshold, min, max, classes}}
     expected              beta
 
-`global` is always there, for readers that know no other.
+`global` is always there, for readers that know no other. `zero_division` is there where it is 1: what an image without
+true and predicted labels counts in the metric.
 """
 
 import json
@@ -27,21 +28,25 @@ from mlc.metrics import expected_fbeta, top_k
 from mlc.metrics.threshold_search import Metric, best_thresholds
 from shards.console import UserError, did_you_mean
 from shards.files import whole
+from shards.json_text import to_json
 
 RULES = ("global", "group", "class", "max-fraction", "top-k", "balance", "label-count", "expected")
 
 
-def best_global_threshold(scores: NDArray, target: NDArray, metric: str = "f1_samples") -> tuple[float, float]:
+def best_global_threshold(
+    scores: NDArray, target: NDArray, metric: str = "f1_samples", zero_division: float = 0.0
+) -> tuple[float, float]:
     """(threshold, value): the optimum of `metric` over every threshold there is, with the rule `score > threshold`.
 
     scores floating [N, C], target bool or 0/1 [N, C]; metric is f1_samples, f1_micro, f1_macro or another beta's, an
-    F-beta without labels and predictions counting as 0. The threshold lies midway between its two neighbouring scores
-    (for the lowest score: between it and 0). Without a positive label every threshold is worth 0 and 0.5 is returned.
+    F-beta without labels and predictions counting as `zero_division`. The threshold lies midway between its two
+    neighbouring scores (for the lowest score: between it and 0). Where no label is positive every threshold is worth 0,
+    unless zero_division is 1, and 0.5 is returned.
     """
     target = np.asarray(target) > 0.5
-    if not target.any():
+    if not target.any() and not zero_division:
         return 0.5, 0.0
-    (threshold,), value = best_thresholds(scores, target, Metric.of(metric))
+    (threshold,), value = best_thresholds(scores, target, Metric.of(metric, zero_division))
     return threshold, value
 
 
@@ -60,7 +65,7 @@ def apply(scores: NDArray, rule: Mapping[str, Any], classes: Sequence[str] | Non
     if kind == "max-fraction":
         return of_maximum(scores) > rule["fraction"]
     if kind == "expected":
-        return expected_fbeta.decide(scores, rule["beta"])
+        return expected_fbeta.decide(scores, rule["beta"], rule.get("zero_division", 0))
     names = list(rule["classes"]) if classes is None else list(classes)
     _check_classes(rule, names, scores.shape[1])
     if kind != "top-k":
@@ -108,14 +113,15 @@ def describe(rule: Mapping[str, Any]) -> str:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def save(path: str | Path, *, metric: str, threshold: float, value: float) -> None:
+def save(path: str | Path, *, metric: str, threshold: float, value: float, zero_division: float = 0.0) -> None:
     """Writes the `thresholds.json` of one threshold; it survives the round trip to the last bit."""
-    write(path, {"metric": metric, "global": float(threshold), "value": float(value)})
+    about = Metric.of(metric, zero_division).described
+    write(path, about | {"global": float(threshold), "value": float(value)})
 
 
 def write(path: str | Path, rule: Mapping[str, Any]) -> None:
     with whole(Path(path)) as building:
-        building.write_text(json.dumps(rule, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        building.write_text(to_json(rule, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def load(path: str | Path) -> dict:
@@ -127,6 +133,8 @@ def load(path: str | Path) -> dict:
     threshold = content.get("global") if isinstance(content, dict) else None
     if not _number(threshold):
         raise UserError(f'{path}: "global" must be a number, not {threshold!r}; give --threshold 0.5 instead')
+    if content.get("zero_division", 0) not in (0, 1):
+        raise UserError(f'{path}: "zero_division" must be 0 or 1, not {content["zero_division"]!r}')
     kind = content.get("rule", "global")
     if kind not in RULES:
         raise UserError(f"{path}: unknown rule {kind!r}{did_you_mean(str(kind), RULES)}; give --threshold 0.5 instead")

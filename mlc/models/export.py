@@ -23,6 +23,7 @@ from mlc.models.heads import add_label_head, fold
 from mlc.models.swin_attention import use_fast_attention
 from shards.console import UserError
 from shards.files import disk_errors, whole
+from shards.json_text import to_json
 
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 _FIX = "give a folder with exported weights, such as RUN/best"
@@ -103,7 +104,7 @@ def export(model: nn.Module, folder: str | Path, *, state: dict[str, Tensor] | N
 
 def write_config(config: dict, folder: Path) -> None:
     with whole(folder / _CONFIG) as building:
-        building.write_text(json.dumps(config, indent=2) + "\n")
+        building.write_text(to_json(config, indent=2) + "\n")
 
 
 def exported_crop(config: dict) -> str:

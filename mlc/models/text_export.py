@@ -16,6 +16,7 @@ from mlc.models.bigru import BiGru
 from mlc.models.text import HuggingFace, build_text_model, text_folder
 from shards.console import UserError
 from shards.files import disk_errors, whole
+from shards.json_text import to_json
 
 _BIGRU = "mlc-bigru"
 _FIX = "give a folder with an exported text model, such as RUN/best"
@@ -96,7 +97,7 @@ def _save(state: dict[str, Tensor], path: Path) -> None:
 
 def _write_json(path: Path, content: dict) -> None:
     with whole(path) as building:
-        building.write_text(json.dumps(content, indent=2) + "\n")
+        building.write_text(to_json(content, indent=2) + "\n")
 
 
 def _load(module: nn.Module, path: Path) -> None:

@@ -99,14 +99,20 @@ def smooth(target: Tensor, smoothing: float) -> Tensor:
 
 
 def class_weights(counts: Tensor, kind: str, beta: float = 0.999) -> Tensor:
-    """float32 [C] with mean 1, for columns of a loss; `counts` [C]: positives of each class, as 1 where there are none.
+    """float32 [C] with mean 1, for columns of a loss; `counts` [C]: positives of each class.
 
     kind: `effective`, one over the effective number of samples (1 - beta^n) / (1 - beta) (Cui et al. 2019,
     "Class-Balanced Loss Based on Effective Number of Samples"), or `inverse`, 1 / n.
+
+    A class without positives has weight 1, as without class weights: as the rarest of all it would
+    take nearly the whole loss, and its negatives have nothing to teach that is worth it.
     """
-    n = counts.double().clamp_min(1)
-    weights = {"effective": lambda: -1 / torch.expm1(n * math.log(beta)), "inverse": lambda: 1 / n}[kind]()
-    return (weights / weights.mean()).float()
+    present = counts > 0
+    n = counts[present].double().clamp_min(1)
+    own = {"effective": lambda: -1 / torch.expm1(n * math.log(beta)), "inverse": lambda: 1 / n}[kind]()
+    weights = torch.ones(len(counts))
+    weights[present] = (own / own.mean()).float()
+    return weights
 
 
 LOSSES = {

@@ -35,6 +35,7 @@ from torch.distributed.tensor import DTensor
 from mlc.parallel import storage, zero
 from mlc.parallel.storage import Place
 from shards.console import UserError
+from shards.json_text import to_json
 
 GROUP = 256 << 20  # bytes
 NOTICED = 0.1  # seconds of waiting for the checkpoint before that are worth a line
@@ -80,7 +81,7 @@ class Saver:
         self._wait()
         if (waited := time.perf_counter() - begin) > NOTICED:
             self._say(f"waited {waited:.1f} s for the checkpoint of step {self._step} to be written")
-        meta = json.loads(json.dumps(meta))  # a copy: the loop goes on changing it
+        meta = json.loads(to_json(meta))  # a copy: the loop goes on changing it
         self._step = step
         if zero.is_engine(model):  # DeepSpeed writes its own files, and only while the loop waits
             meta["shapes"] = zero.shapes(model.module, ema)

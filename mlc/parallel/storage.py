@@ -24,6 +24,7 @@ import fsspec
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
 from shards.console import UserError
+from shards.json_text import to_json
 from shards.urls import is_url, redact
 
 try:
@@ -181,7 +182,7 @@ def begin(building: Place) -> None:
 
 
 def publish(building: Place, folder: Place, meta: dict[str, Any]) -> None:
-    text = json.dumps(meta, indent=1)
+    text = to_json(meta, indent=1)
     if not isinstance(building, Path):
         _files(building).pipe_file(at(building, META), text.encode())
         return

@@ -4,7 +4,6 @@ Predictions must come from models that did not see the image (out of fold): a mo
 on by heart, wrong ones included.
 """
 
-import json
 import sys
 from argparse import ArgumentTypeError
 from pathlib import Path
@@ -20,6 +19,7 @@ from mlc.post.label_errors import METHODS, errors, mean_errors, scores, suspects
 from shards.console import Parser, UserError, did_you_mean, few, say
 from shards.dataset import Dataset, Index, load_dataset
 from shards.files import disk_errors, whole
+from shards.json_text import to_json
 from shards.table import Columns
 
 SHOWN = 12  # rows of the table of classes
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         wrong = recorded(Path(options.against), index, dataset, given)
         summary["against"] = _judge(folder, score[:, looked_at], wrong[:, looked_at], dropped)
     if options.json:
-        print(json.dumps(summary | {"classes": _by_class(dataset, given, probabilities, found, looked_at)}))
+        print(to_json(summary | {"classes": _by_class(dataset, given, probabilities, found, looked_at)}))
     else:
         _show(summary, _by_class(dataset, given, probabilities, found, looked_at))
     say(f"{folder}: labels.csv (the {options.most} likeliest), drop.csv ({len(dropped)} images, for --drop-rows)")

@@ -4,7 +4,6 @@ An image is as confident as its classes are on average: the mean of |p - 0.5|. W
 the index, for `--data DIR --data pseudo:FILE`; no image is copied.
 """
 
-import json
 from argparse import ArgumentTypeError
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from mlc.data.truth import filled_index
 from mlc.metrics import thresholds
 from shards.console import Parser, UserError, few, say
 from shards.dataset import Dataset, load_dataset, open_index
+from shards.json_text import to_json
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     counts = dict(zip(dataset.classes, labels.sum(0).tolist(), strict=True))
     summary = {"images": len(rows), "of": len(open_index(dataset, options.split)), "classes": counts, "never": never}
     if options.json:
-        print(json.dumps(summary))
+        print(to_json(summary))
     if never:
         say(f"never seen in {options.train_split}, so never given here: {few(never)}")
     without = [name for name, count in counts.items() if not count and name not in never]

@@ -23,6 +23,7 @@ from mlc.metrics import thresholds
 from mlc.post.pseudo import add_choice_flags, at_least_one, choose
 from mlc.resume import SILENT
 from mlc.runlog import read_log
+from mlc.validation import refuse_unknown_metric
 from shards.console import Parser, UserError, few, say
 from shards.dataset import load_dataset
 from shards.files import disk_errors
@@ -52,6 +53,7 @@ def _check(base: Config, options: Namespace) -> None:
         raise UserError("--resume is set by `mlc selftrain` itself, which resumes each round; leave it out")
     sources = open_sources(base)
     open_validation(base, sources.dataset)
+    refuse_unknown_metric(base.eval_metric, sources.dataset)
     open_split(sources.dataset, options.split)
     if options.split in (base.train_split, base.val_split):
         raise UserError(f"--split {options.split}: that is trained or evaluated on; name a split of other images")
@@ -138,7 +140,8 @@ def _show(out: Path, rounds: int, metric: str) -> None:
 
 
 def _values(line: dict, metric: str) -> list[float]:
-    return [line[name] for name in (f"val/{metric}", f"val_ema/{metric}") if name in line]
+    names = (f"val/{metric}", f"val_ema/{metric}")
+    return [line[name] for name in names if line.get(name) is not None]
 
 
 def _samples(overlay: Path) -> int:

@@ -5,7 +5,6 @@ models, nor the weights between them, nor the frequencies of labels (nested cros
 """
 
 import importlib.util
-import json
 import sys
 from pathlib import Path
 
@@ -17,13 +16,15 @@ from sklearn.model_selection import KFold
 from mlc.data.prediction_files import aligned, write_probabilities
 from mlc.data.truth import labelled_index
 from mlc.metrics import thresholds
-from mlc.metrics.multilabel import f1_samples, mean_average_precision
+from mlc.metrics.multilabel import f1_samples, mean_average_precision, unlabelled
 from mlc.post.pseudo import at_least_one
 from mlc.post.second_level import INNER, TINY, Inputs, SecondLevel
 from mlc.post.tables import by_image
-from shards.console import Parser, UserError, few, progress, say
+from mlc.scores import add_zero_division
+from shards.console import Parser, UserError, few, progress, say, shown
 from shards.dataset import Dataset, Index, load_dataset, open_index
 from shards.files import whole
+from shards.json_text import to_json
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     left = [name for name, yes in zip(dataset.classes, learnt, strict=True) if not yes]
     settings = {"kind": options.model, "most": options.candidates, "k": options.neighbours, "seed": options.seed}
     held_out, weights = _nested(_only(inputs, learnt), target[:, learnt], options.folds, settings)
-    result = _scores(held_out, target[:, learnt], options.folds, options.seed)
+    zero = options.zero_division
+    result = _scores(held_out, target[:, learnt], options.folds, options.seed, zero)
     result |= {"weights": _named(weights), "not_learnt": left, "folds": options.folds}
 
     out = Path(options.out)
@@ -58,11 +60,13 @@ def main(argv: list[str] | None = None) -> int:
         found = final(_only(test_inputs, learnt))["stack"]
         _write(out / f"{options.test_split}.csv", test, dataset, _whole(test_inputs, learnt, found))
     with whole(out / "stack.json") as building:
-        building.write_text(json.dumps(result, indent=1) + "\n")
+        building.write_text(to_json(result, indent=1) + "\n")
     if options.json:
-        print(json.dumps(result))
+        print(to_json(result))
     else:
         _show(result, len(index))
+    for text in unlabelled(target[:, learnt], zero):
+        say(text)
     say(f"{out}: oof.csv{f', {options.test_split}.csv' if options.test else ''}, stack.json")
     return 0
 
@@ -96,7 +100,7 @@ def _whole(inputs: Inputs, classes: np.ndarray, found: np.ndarray) -> np.ndarray
     return table
 
 
-def _scores(held_out: dict[str, np.ndarray], target: np.ndarray, folds: int, seed: int) -> dict:
+def _scores(held_out: dict[str, np.ndarray], target: np.ndarray, folds: int, seed: int, zero: float) -> dict:
     """Of each part over all held-out rows; the threshold of a fold's F1 is the best one of the other folds."""
     parts = list(KFold(folds, shuffle=True, random_state=seed).split(target))
     result: dict = {"parts": {}}
@@ -104,13 +108,15 @@ def _scores(held_out: dict[str, np.ndarray], target: np.ndarray, folds: int, see
     for name, p in held_out.items():
         safe, predicted = np.clip(p, TINY, 1 - TINY), np.empty(target.shape, bool)
         for train, held in parts:
-            predicted[held] = p[held] > thresholds.best_global_threshold(p[train], target[train])[0]
+            tuned = thresholds.best_global_threshold(p[train], target[train], zero_division=zero)
+            predicted[held] = p[held] > tuned[0]
         result["parts"][name] = {
             "loss": float(-np.log(np.where(target, safe, 1 - safe)).mean()),
             "map": mean_average_precision(p, target),
-            "f1_samples": f1_samples(predicted, target),
+            "f1_samples": f1_samples(predicted, target, zero_division=zero),
         }
-        by_fold[name] = np.array([f1_samples(predicted[held], target[held]) for _, held in parts])
+        each = [f1_samples(predicted[held], target[held], zero_division=zero) for _, held in parts]
+        by_fold[name] = np.array(each)
     gain = by_fold["stack"] - by_fold["mean"]
     result["f1_gain"] = {"mean": float(gain.mean()), "sd": float(gain.std(ddof=1)), "folds": gain.round(5).tolist()}
     return result
@@ -150,7 +156,7 @@ def _show(result: dict, images: int) -> None:
     called = {"mean": "mean of the models", "stack": "stack: their weighted mean"}
     for name, row in result["parts"].items():
         weight = result["weights"].get(name)
-        values = [f"{value:.4f}" for value in row.values()]
+        values = [shown(value) for value in row.values()]
         table.add_row(called.get(name, name), *values, "" if weight is None else f"{weight:.2f}")
     console.print(table)
     gain = result["f1_gain"]
@@ -173,6 +179,7 @@ def _parser() -> Parser:
     add("--test-split", default="test", help="split to predict (default: test)")
     add("--model", choices=("hist", "lightgbm"), default="hist", help="gradient boosting of scikit-learn or LightGBM")
     add("--folds", type=_folds, default=5, help="folds of the score (default: 5)")
+    add_zero_division(parser, "0", default=0)
     add("--candidates", type=at_least_one, default=64, metavar="K", help="classes of an image that are looked at (64)")
     add(
         "--extra",

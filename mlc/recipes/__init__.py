@@ -4,7 +4,6 @@ A file begins with comments: what it is, then `# source:`, `# score:`, `# memory
 comments and not settings, since they say where numbers come from and change nothing; `mlc recipes` reads them.
 """
 
-import json
 import re
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shards.console import Parser, UserError, did_you_mean
+from shards.json_text import to_json
 
 FOLDER = Path(__file__).parent
 WIDTHS = {"name": 31, "score": 36, "memory": 21, "hours": 26}  # of the columns; with their gaps 120
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     chosen = [paths[options.name]] if options.name else paths.values()
     if options.json:
-        print(json.dumps([asdict(read_header(path)) for path in chosen]))
+        print(to_json([asdict(read_header(path)) for path in chosen]))
     elif options.name:
         print(paths[options.name].read_text(), end="")
     else:

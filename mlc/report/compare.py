@@ -4,7 +4,6 @@ Numbers are those that `mlc eval` left in the runs; of a run it has not scored, 
 trained. With `--out` also the page of `mlc report` about all of them.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,8 +16,8 @@ from mlc.metrics.scorecard import LOWER_IS_BETTER
 from mlc.report import sections
 from mlc.report.page import add_size_flags, write_report
 from mlc.report.runs import Run, open_runs
-from mlc.scores import finite
-from shards.console import Parser, UserError
+from shards.console import Parser, UserError, shown
+from shards.json_text import to_json
 from shards.stats_html import check_target
 
 METRICS = (
@@ -55,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     speed = {row["name"]: {name: row[name] for name in SPEED} for row in sections.speed(runs)}
     differ = dict(sections.settings(runs)["differ"])
     if options.json:
-        print(json.dumps(finite({"metrics": metrics, "settings": differ, "speed": speed}), ensure_ascii=False))
+        print(to_json({"metrics": metrics, "settings": differ, "speed": speed}, ensure_ascii=False))
     else:
         _print(runs, metrics, differ, speed)
     if options.out:
@@ -81,7 +80,7 @@ def _print(runs: Sequence[Run], metrics: Mapping, differ: Mapping, speed: Mappin
         if known:
             best = (min if metric in LOWER_IS_BETTER else max)(known)
             lower = " (lower is better)" if metric in LOWER_IS_BETTER else ""
-            cells = ["-" if v is None else f"{v:.4f}" + ("*" if v == best and len(known) > 1 else " ") for v in values]
+            cells = [shown(v) + ("*" if v == best and len(known) > 1 else " ") for v in values]
             table.add_row(metric + lower, *cells)
     _show(table)
     for run in runs:
@@ -95,7 +94,7 @@ def _print(runs: Sequence[Run], metrics: Mapping, differ: Mapping, speed: Mappin
     for key, title in SPEED.items():
         values = [speed[name][key] for name in names]
         if any(value is not None for value in values):
-            table.add_row(title, *("-" if value is None else f"{value:.4g}" for value in values))
+            table.add_row(title, *(shown(value, ".4g") for value in values))
     _show(table)
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mlc.metrics import thresholds
 from mlc.metrics.decision_rules import with_rest
-from mlc.metrics.multilabel import fbeta
+from mlc.metrics.multilabel import value_of
 from mlc.metrics.threshold_search import Metric
 from mlc.report import threshold_curves
 from mlc.report.runs import Scored, Subject
@@ -30,8 +30,8 @@ def rules(found: Sequence[Scored], subject: Subject) -> list[dict[str, Any]]:
     rows = []
     for one in found:
         rule = one.run.rule
-        metric = Metric.of(rule.get("metric", "f1_samples"))
-        here = fbeta(one.predicted, subject.truth.target, average=metric.average, beta=metric.beta)
+        metric = Metric.of_rule(rule)
+        here = value_of(metric, one.predicted, subject.truth.target)
         row = {"name": one.run.name, "rule": thresholds.describe(rule), "metric": metric.name, "here": here}
         row |= {"kind": rule.get("rule", "global"), "in_sample": rule.get("value"), "honest": rule.get("honest")}
         rows.append(row | {"tuned_here": row["in_sample"] is not None and abs(here - row["in_sample"]) < SAME})
@@ -47,9 +47,10 @@ def _of_run(one: Scored, subject: Subject, number: int) -> dict[str, Any]:
     target = subject.truth.target
     rows = np.unique(np.linspace(0, len(target) - 1, min(len(target), CURVE_IMAGES)).astype(int))
     scores, true, tuned = one.scores[rows], target[rows], one.run.tuned
+    zero, averages = subject.zero_division, ("samples", "micro", "macro")
+    metrics = {kind: Metric(average=kind, zero_division=zero) for kind in averages}
     kinds = {
-        kind: threshold_curves.curves(scores, true, Metric.of(f"f1_{kind}"), {})["all"]["value"]
-        for kind in ("samples", "micro", "macro")
+        kind: threshold_curves.curves(scores, true, metric, {})["all"]["value"] for kind, metric in metrics.items()
     }
     grouped = tuned or _grouped(one, scores, true, subject)
     shown = [_chart("F1 by one threshold for all classes", "F1", kinds, one, f"thresholds{number}")]
@@ -70,7 +71,7 @@ def _of_run(one: Scored, subject: Subject, number: int) -> dict[str, Any]:
 
 def _grouped(one: Scored, scores: NDArray, true: NDArray, subject: Subject) -> dict[str, Any]:
     """What `mlc tune` would have written, for a run that it has not tuned."""
-    metric = Metric.of(one.run.rule.get("metric", "f1_samples"))
+    metric = Metric.of_rule(one.run.rule)
     return threshold_curves.curves(scores, true, metric, with_rest(subject.truth.groups, true.shape[1]))
 
 

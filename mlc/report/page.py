@@ -58,6 +58,7 @@ def page_of(subject: Subject, found: list[Scored], *, draws: int, maps: int) -> 
         split=subject.split,
         images=len(target),
         draws=draws,
+        zero_division=subject.zero_division,
         summary=sections.summary(found, weights),
         curves=sections.curves(runs),
         groups=sections.groups(subject, found, weights),

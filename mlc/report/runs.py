@@ -51,9 +51,9 @@ class Run:
         return spent / 60 if spent else None
 
     @cached_property
-    def megabytes(self) -> float:
+    def megabytes(self) -> float | None:
         file = self.folder / "best" / "model.safetensors"
-        return file.stat().st_size / 1e6 if file.exists() else float("nan")
+        return file.stat().st_size / 1e6 if file.exists() else None
 
     @cached_property
     def wandb(self) -> str:
@@ -112,6 +112,7 @@ class Subject:
     index: Index
     rows: np.ndarray
     truth: Truth
+    zero_division: float = 0.0  # of all F1 on the page, so that they can be compared: the first run's
 
 
 def open_runs(folders: Sequence[str], split: str) -> list[Run]:
@@ -175,14 +176,16 @@ def subject_of(runs: Sequence[Run], data: str | None, split: str) -> Subject:
             f"of {where}{did_you_mean(split, list(dataset.splits))}; give the --data it was scored on"
         )
     rows = np.sort(rows).astype(np.int64)
-    return Subject(dataset, split, index, rows, truth_of_rows(f"{where}, split {split}", dataset, index, rows))
+    truth = truth_of_rows(f"{where}, split {split}", dataset, index, rows)
+    return Subject(dataset, split, index, rows, truth, first.rule.get("zero_division", 0))
 
 
 def scored(run: Run, subject: Subject) -> Scored:
     """Raises UserError where the run has not seen all images of the subject."""
     scores = probabilities_of([_file(run, subject.split)], subject.truth)
     predicted = thresholds.apply(scores, run.rule, subject.truth.classes)
-    return Scored(run, scores, predicted, Scorecard(scores, predicted, subject.truth.target, subject.truth.groups))
+    about = (subject.truth.target, subject.truth.groups, subject.zero_division)
+    return Scored(run, scores, predicted, Scorecard(scores, predicted, *about))
 
 
 def _file(run: Run, split: str) -> Path:

@@ -48,9 +48,14 @@ def summary(found: Sequence[Scored], weights: np.ndarray) -> dict[str, Any]:
     rows = []
     for name in names:
         numbers = [float(value[name][0]) for value in values]
-        best = min(numbers) if name in LOWER_IS_BETTER else max(numbers)
+        known = [number for number in numbers if not np.isnan(number)]
+        best = (min if name in LOWER_IS_BETTER else max)(known, default=None)
         cells = [
-            {"value": number, "interval": bootstrap.interval(drawn[name]), "best": len(found) > 1 and number == best}
+            {
+                "value": number,
+                "interval": bootstrap.interval(drawn[name], number),
+                "best": len(found) > 1 and number == best,
+            }
             for number, drawn in zip(numbers, replicates, strict=True)
         ]
         title = HEADLINE.get(name, name.replace("_", " "))
@@ -73,10 +78,10 @@ def groups(subject: Subject, found: Sequence[Scored], weights: np.ndarray) -> li
     drawn = [(one.card.at(), one.card.at(weights)) for one in found]
     for group, columns in subject.truth.groups.items():
         for one, (values, replicates) in zip(found, drawn, strict=True):
-            cells = {
-                name: (float(values[f"{name}/{group}"][0]), bootstrap.interval(replicates[f"{name}/{group}"]))
-                for name in ("map", "f1_samples", "f1_micro", "f1_macro", "f2_samples")
-            }
+            cells = {}
+            for name in ("map", "f1_samples", "f1_micro", "f1_macro", "f2_samples"):
+                value = float(values[f"{name}/{group}"][0])
+                cells[name] = value, bootstrap.interval(replicates[f"{name}/{group}"], value)
             labels = int(subject.truth.target[:, list(columns)].sum())
             rows.append(
                 {"group": group, "run": one.run.name, "classes": len(columns), "labels": labels, "cells": cells}

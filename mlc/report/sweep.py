@@ -20,6 +20,7 @@ from mlc import jobs
 from mlc.runlog import read_log
 from mlc.sweeps import Run, Sweep
 from mlc.validation import goodness
+from shards.console import shown
 from shards.files import whole
 
 SEED_COLOR, MEAN_COLOR, LINE_COLOR = "#4c78a8", "#1b1b1b", "#9aa0a6"
@@ -88,8 +89,8 @@ def lines(sweep: Sweep, table: Sequence[dict[str, Any]]) -> list[Line]:
     found = []
     for variant in sweep.variants:
         own = [row for row in done if row["variant"] == variant.name]
-        values = {name: {row["seed"]: row[name] for row in own if name in row} for name in sweep.metrics}
-        if values[sweep.metrics[0]]:
+        values = {name: {row["seed"]: row[name] for row in own if row.get(name) is not None} for name in sweep.metrics}
+        if own:
             minutes, size = (_mean([row[name] for row in own if name in row]) for name in ("minutes", "mb"))
             found.append(Line(variant.name, values, {}, minutes, size))
     first, sign = sweep.metrics[0], -1 if sweep.metrics[0] == "loss" else 1
@@ -99,7 +100,13 @@ def lines(sweep: Sweep, table: Sequence[dict[str, Any]]) -> list[Line]:
             own = line.values[first]
             line.gain.update({seed: sign * (own[seed] - base[seed]) for seed in own if seed in base})
     named = sweep.kind == "variants"
-    return sorted(found, key=lambda line: -sign * _mean(line.values[first].values())) if named else found
+    return sorted(found, key=lambda line: _place(line, first, sign)) if named else found
+
+
+def _place(line: Line, metric: str, sign: int) -> tuple[bool, float]:
+    """Sorts the best mean first, and last what has none."""
+    mean = _mean(line.values[metric].values())
+    return math.isnan(mean), -sign * mean
 
 
 def _mean(values) -> float:
@@ -117,7 +124,7 @@ def _cells(line: Line, metrics: Sequence[str]) -> Iterator[str]:
     values = list(line.values[metrics[0]].values())
     yield line.variant
     yield str(len(values))
-    yield f"{_mean(values):.4f}"
+    yield shown(_mean(values))
     yield "" if len(values) < 2 else f"{deviation(values):.4f}"
     yield "" if len(values) < 2 else f"{min(values):.4f}..{max(values):.4f}"
     gain = list(line.gain.values())
@@ -125,9 +132,9 @@ def _cells(line: Line, metrics: Sequence[str]) -> Iterator[str]:
     yield "" if not gain else f"{_mean(gain):+.4f}" + (f" ± {error:.4f}" if len(gain) > 1 else "")
     yield "" if not gain else f"{sum(value > 0 for value in gain)}/{len(gain)}"
     for metric in metrics[1:]:
-        yield f"{_mean(line.values[metric].values()):.4f}"
-    yield f"{line.megabytes:.1f}"
-    yield f"{line.minutes:.1f}"
+        yield shown(_mean(line.values[metric].values()))
+    yield shown(line.megabytes, ".1f")
+    yield shown(line.minutes, ".1f")
 
 
 def _names(sweep: Sweep) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mlc.metrics.scorecard import ratio
 from mlc.metrics.threshold_search import Metric
 from shards.files import whole
 
@@ -46,7 +47,7 @@ def _curve(scores: NDArray, target: NDArray, metric: Metric) -> dict[str, list[f
             counts[low:high] += np.cumsum(found[:, ::-1], axis=1)[:, ::-1]
         true += np.bincount(unit[positive], minlength=units)
     square = metric.beta**2
-    value = (1 + square) * hits / np.maximum(chosen + square * true[:, None], 1e-12)
+    value = ratio((1 + square) * hits, chosen + square * true[:, None], metric.zero_division)
     pooled = hits.sum(0)
     return {
         "value": _rounded(value.mean(0)),

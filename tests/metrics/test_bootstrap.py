@@ -82,5 +82,24 @@ def test_a_file_against_itself():
 
 def test_missing_replicates_are_left_out():
     values = np.array([np.nan, 1.0, 2.0, 3.0])
-    assert interval(values).low >= 1 and np.isnan(interval(values[:1]).low)
+    assert interval(values, 2.0).low >= 1 and np.isnan(interval(values[:1], np.nan).low)
     assert difference("map", 2.0, values).p == pytest.approx(2 / 4)
+
+
+def test_intervals_of_many_rare_classes_hold_their_own_estimate():
+    """Three to five positives a class: what a draw does to each of them alone is more than the spread of their mean."""
+    rng = np.random.default_rng(0)
+    target = rng.random((300, 400)) < rng.choice([3, 4, 5], 400) / 300
+    scores = 1 / (1 + np.exp(1.5 - 2.2 * target - rng.normal(size=target.shape)))
+    rare = card(scores.astype(np.float32), target)
+    weights, values = draws(300, 80), rare.at()
+    found = intervals(rare, weights)
+    for name in ("map", "f1_macro", "CF1"):
+        assert found[name].low < values[name][0] < found[name].high, name
+    assert np.mean(rare.at(weights)["map"] > values["map"][0]) > 0.97  # a draw alone is too good
+
+
+def test_the_bias_is_taken_off_and_an_f1_stays_one():
+    assert interval(np.array([0.8, 0.9, 1.0, 1.0]), 0.99).high == 1  # and not 1.065
+    found = difference("map", 0.0, np.array([0.4, 0.5, 0.6]))
+    assert (found.low, found.high) == pytest.approx((-0.095, 0.095)) and found.p == 1

@@ -9,23 +9,25 @@ from mlc.metrics import expected_fbeta
 from mlc.metrics.expected_fbeta import decide, expected_values
 
 
-def expectation(answer, probabilities, beta) -> float:
+def expectation(answer, probabilities, beta, zero=0) -> float:
     total = 0.0
     for truth in itertools.product((0, 1), repeat=len(probabilities)):
         chance = np.prod(np.where(truth, probabilities, 1 - probabilities))
         whole = beta**2 * sum(truth) + sum(answer)
-        total += chance * (1 + beta**2) * np.dot(truth, answer) / whole if whole else 0.0
+        total += chance * (1 + beta**2) * np.dot(truth, answer) / whole if whole else chance * zero
     return total
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.0, 2.0, 1.5])
 @pytest.mark.parametrize("seed", range(4))
-def test_no_set_of_labels_has_a_higher_expectation(beta, seed):
+@pytest.mark.parametrize("zero", [0, 1])
+def test_no_set_of_labels_has_a_higher_expectation(beta, seed, zero):
     probabilities = np.random.default_rng(seed).random((4, 5)) ** (1 + seed)
-    predicted = decide(probabilities, beta)
+    predicted = decide(probabilities, beta, zero)
     for row, answer in zip(probabilities, predicted, strict=True):
-        best = max(expectation(other, row, beta) for other in itertools.product((0, 1), repeat=5))
-        assert expectation(answer, row, beta) == pytest.approx(best, abs=1e-12)
+        best = max(expectation(other, row, beta, zero) for other in itertools.product((0, 1), repeat=5))
+        assert expectation(answer, row, beta, zero) == pytest.approx(best, abs=1e-12)
+    assert predicted.any(1).all() or zero
 
 
 @pytest.mark.parametrize("beta", [1.0, 2.0])

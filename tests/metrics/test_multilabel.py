@@ -15,6 +15,7 @@ from mlc.metrics.multilabel import (
     fbeta,
     mean_average_precision,
     summary,
+    unlabelled,
 )
 
 BY_AVERAGE = {"samples": f1_samples, "micro": f1_micro, "macro": f1_macro}
@@ -61,13 +62,26 @@ def test_average_precision_by_hand():
 
 @pytest.mark.parametrize("average", ["samples", "micro", "macro"])
 @pytest.mark.parametrize("seed", range(3))
-def test_f1_equals_scikit_learn(average, seed):
+@pytest.mark.parametrize("zero", [0, 1])
+def test_f1_equals_scikit_learn(average, seed, zero):
     scores, target = batch(seed)
     predicted = scores > 0.5
-    expected = f1_score(target, predicted, average=average, zero_division=0)
-    assert BY_AVERAGE[average](predicted, target) == pytest.approx(expected, rel=1e-12)
-    expected = fbeta_score(target, predicted, beta=2, average=average, zero_division=0)
-    assert fbeta(predicted, target, average=average, beta=2) == pytest.approx(expected, rel=1e-12)
+    how = {"average": average, "zero_division": zero}
+    for truth in (target, np.zeros_like(target)):
+        expected = fbeta_score(truth, predicted, beta=2, **how)
+        assert fbeta(predicted, truth, beta=2, **how) == pytest.approx(expected, rel=1e-12)
+    expected = f1_score(target, predicted, **how)
+    assert BY_AVERAGE[average](predicted, target, zero_division=zero) == pytest.approx(expected, rel=1e-12)
+    named = dict(evaluate(scores, target, groups={"all": range(9)}, zero_division=zero))
+    assert named[f"f1_{average}"] == named[f"f1_{average}/all"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_samples_without_labels_are_told():
+    target = np.array([[True, False], [False, False], [False, False]])
+    (line,) = unlabelled(target)
+    assert line.startswith("2 of 3 samples have no true label: each counts 0") and "--zero-division 1" in line
+    assert "where nothing is predicted (--zero-division 1)" in unlabelled(target, 1)[0]
+    assert unlabelled(target[:1]) == []
 
 
 @pytest.mark.parametrize("average", ["micro", "macro"])

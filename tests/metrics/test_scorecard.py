@@ -29,23 +29,23 @@ def batch(seed: int, ties: bool = False, rows: int = 60) -> tuple[np.ndarray, np
     return (np.clip(np.round(scores, 1), 0.1, 0.9) if ties else scores), target
 
 
-def metrics_of(scores, target, weights=None) -> dict:
-    return Scorecard(scores, scores > 0.5, target, GROUPS).at(weights)
+def metrics_of(scores, target, weights=None, zero=0) -> dict:
+    return Scorecard(scores, scores > 0.5, target, GROUPS, zero).at(weights)
 
 
-def reference(scores, target) -> dict[str, float]:
+def reference(scores, target, zero=0) -> dict[str, float]:
     """All of it by scikit-learn, on rows as they are."""
     predicted = scores > 0.5
     found = {}
     for average in ("samples", "micro", "macro", "weighted"):
-        common = {"average": average, "zero_division": 0}
+        common = {"average": average, "zero_division": zero}
         found[f"precision_{average}"] = sk.precision_score(target, predicted, **common)
         found[f"recall_{average}"] = sk.recall_score(target, predicted, **common)
         found[f"f1_{average}"] = sk.f1_score(target, predicted, **common)
         found[f"f2_{average}"] = sk.fbeta_score(target, predicted, beta=2, **common)
     for name, columns in GROUPS.items():
         for average in ("samples", "micro", "macro"):
-            common = {"average": average, "zero_division": 0}
+            common = {"average": average, "zero_division": zero}
             found[f"f1_{average}/{name}"] = sk.f1_score(target[:, columns], predicted[:, columns], **common)
             found[f"f2_{average}/{name}"] = sk.fbeta_score(target[:, columns], predicted[:, columns], beta=2, **common)
     found["map"] = mean_ap(scores, target)
@@ -70,12 +70,24 @@ def mean_ap(scores, target) -> float:
 
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_every_metric_equals_scikit_learn(seed, ties):
+@pytest.mark.parametrize("zero", [0, 1])
+def test_every_metric_equals_scikit_learn(seed, ties, zero):
     scores, target = batch(seed, ties)
-    found, expected = metrics_of(scores, target), reference(scores, target)
+    found, expected = metrics_of(scores, target, zero=zero), reference(scores, target, zero)
     assert set(found) == {*expected, "ece"}
     for name, value in expected.items():
         assert found[name][0] == pytest.approx(value, rel=1e-6), name
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_without_a_true_label_every_average_is_scikit_learns(zero):
+    scores, target = batch(0)[0], np.zeros((60, 9), bool)
+    found = metrics_of(scores, target, zero=zero)
+    for average in ("samples", "micro", "macro", "weighted"):
+        common = {"average": average, "zero_division": zero}
+        expected = sk.precision_recall_fscore_support(target, scores > 0.5, **common)[:3]
+        names = [f"{rate}_{average}" for rate in ("precision", "recall", "f1")]
+        assert [found[name][0] for name in names] == pytest.approx(expected), average
 
 
 @pytest.mark.parametrize("ties", [False, True])

@@ -9,16 +9,19 @@ from hypothesis import strategies as st
 from sklearn.metrics import fbeta_score
 
 from mlc.metrics import threshold_search
-from mlc.metrics.multilabel import fbeta
+from mlc.metrics.multilabel import value_of
 from mlc.metrics.threshold_search import Metric, best_thresholds
 from shards.console import UserError
 
-METRICS = [Metric(beta, average) for beta in (0.5, 1.0, 2.0) for average in ("samples", "micro", "macro")]
-ids = [metric.name for metric in METRICS]
+METRICS = [
+    Metric(beta, average, zero)
+    for beta, average, zero in itertools.product((0.5, 1.0, 2.0), ("samples", "micro", "macro"), (0, 1))
+]
+ids = [f"{metric.name}-{metric.zero_division}" for metric in METRICS]
 
 
 def value(predicted, target, metric) -> float:
-    return fbeta(predicted, target, average=metric.average, beta=metric.beta)
+    return value_of(metric, predicted, target)
 
 
 def levels(scores) -> list[float]:
@@ -51,11 +54,12 @@ def test_no_global_threshold_is_better(metric, ties):
         (threshold,), found = best_thresholds(scores, target, metric)
         predicted = scores > threshold
         assert found == pytest.approx(max(value(scores > t, target, metric) for t in levels(scores)), abs=1e-12)
-        theirs = fbeta_score(target, predicted, beta=metric.beta, average=metric.average, zero_division=0)
+        how = {"average": metric.average, "zero_division": metric.zero_division}
+        theirs = fbeta_score(target, predicted, beta=metric.beta, **how)
         assert found == pytest.approx(theirs, abs=1e-12)
 
 
-@pytest.mark.parametrize("metric", [m for m in METRICS if m.average != "samples"], ids=lambda metric: metric.name)
+@pytest.mark.parametrize("metric", [m for m in METRICS if m.average != "samples"], ids=str)
 @pytest.mark.parametrize("blocks", [[[0], [1], [2], [3]], [[0, 2], [1, 3]], [[2], [0, 1]]], ids=str)
 def test_no_other_thresholds_are_better(metric, blocks):
     """Micro and macro: exact whatever shares a threshold. Column 3 of the last blocks stays where it is."""
@@ -68,11 +72,11 @@ def test_no_other_thresholds_are_better(metric, blocks):
         assert reached == pytest.approx(best, abs=1e-12)
 
 
-@pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("metric", [m for m in METRICS if m.average == "samples"], ids=str)
 @pytest.mark.parametrize("blocks", [[[0], [1], [2], [3]], [[0, 2], [1, 3]]], ids=str)
-def test_no_single_move_is_better_for_the_mean_over_samples(beta, blocks):
+def test_no_single_move_is_better_for_the_mean_over_samples(metric, blocks):
     """Coordinate ascent: nothing better than the very best is claimed, and nothing near is better."""
-    metric, reached_best = Metric(beta), []
+    reached_best = []
     for seed in range(8):
         scores, target = small(seed)
         (start,), global_value = best_thresholds(scores, target, metric)
@@ -166,3 +170,17 @@ def test_no_such_metric(name):
 def test_names_of_metrics():
     assert Metric.of("f1_samples") == Metric() and Metric.of("f1.5_micro") == Metric(1.5, "micro")
     assert Metric(0.5, "macro").name == "f0.5_macro" and Metric.of(Metric(2).name) == Metric(2)
+    for metric in METRICS:
+        assert Metric.of_rule(metric.described) == metric
+    assert Metric.of_rule({"global": 0.5}) == Metric.of_rule({"metric": None}) == Metric()
+
+
+@pytest.mark.parametrize("labelled", [0, 2])
+def test_labels_on_images_that_have_none_can_be_made_to_cost(labelled):
+    """Twenty images without labels look like the two that have one: it is best to predict nothing."""
+    scores = np.linspace(0.5, 0.9, 22, dtype=np.float32)[:, None]
+    target = np.arange(22)[:, None] < labelled
+    (threshold,), reached = best_thresholds(scores, target, Metric(zero_division=1))
+    assert 0.9 < threshold < 1 and reached == (22 - labelled) / 22
+    (threshold,), _ = best_thresholds(scores, target, Metric())
+    assert not labelled or threshold < 0.5

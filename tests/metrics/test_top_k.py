@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from mlc.metrics.multilabel import fbeta
+from mlc.metrics.multilabel import value_of
 from mlc.metrics.threshold_search import Metric
 from mlc.metrics.top_k import Bounds, decide, fit
 
@@ -41,17 +41,17 @@ def all_bounds(scores, deepest):
 
 
 @pytest.mark.parametrize("average", ["samples", "micro", "macro"])
-@pytest.mark.parametrize("beta", [1.0, 2.0])
-def test_nothing_near_is_better(average, beta):
+@pytest.mark.parametrize("beta, zero", [(1.0, 0), (2.0, 0), (1.0, 1)])
+def test_nothing_near_is_better(average, beta, zero):
     """One group: the other bound or another threshold alone never helps, and mostly no bounds at all are better."""
-    reached_best = []
+    metric, reached_best = Metric(beta, average, zero), []
     for seed in range(6):
         scores, target = made(seed)
         deepest = min(5, int((1 + beta**2) * target.sum(1).max()))
-        found = fit(scores, target, Metric(beta, average), {"all": range(5)}, {"all": 0.5})["all"]
+        found = fit(scores, target, metric, {"all": range(5)}, {"all": 0.5})["all"]
 
         def value(bounds, scores=scores, target=target):
-            return fbeta(decide(scores, bounds), target, average=average, beta=beta)
+            return value_of(metric, decide(scores, bounds), target)
 
         every = [(value(bounds), bounds) for bounds in all_bounds(scores, deepest)]
         near = [v for v, b in every if (b.least == found.least) or (b.most == found.most)]

@@ -117,15 +117,24 @@ def test_soft_fbeta_against_a_closed_form():
 
 
 def test_class_weights():
-    counts = torch.tensor([0.0, 1.0, 10.0, 1000.0])
+    counts = torch.tensor([1.0, 10.0, 1000.0])
     inverse = class_weights(counts, "inverse")
-    torch.testing.assert_close(inverse / inverse[3], torch.tensor([1000.0, 1000.0, 100.0, 1.0]))
-    n, beta = np.array([1, 1, 10, 1000]), 0.99
+    torch.testing.assert_close(inverse / inverse[2], torch.tensor([1000.0, 100.0, 1.0]))
+    n, beta = np.array([1, 10, 1000]), 0.99
     effective = (1 - beta) / (1 - beta**n)
     seen = class_weights(counts, "effective", beta)
     np.testing.assert_allclose(seen, effective / effective.mean(), rtol=1e-5)
     for weights in (inverse, seen, class_weights(counts, "effective", 0.999999)):
         assert weights.mean().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("kind", ["inverse", "effective"])
+def test_a_class_without_positives_leaves_the_weights_of_the_others_alone(kind):
+    present = class_weights(torch.tensor([5000.0, 4000.0, 3.0]), kind)
+    weights = class_weights(torch.tensor([5000.0, 0.0, 4000.0, 3.0, 0.0]), kind)
+    torch.testing.assert_close(weights[[0, 2, 3]], present)
+    assert weights[[1, 4]].tolist() == [1, 1] and weights.mean().item() == pytest.approx(1)
+    assert class_weights(torch.zeros(3), kind).tolist() == [1, 1, 1]  # of the trained group nothing is labelled
 
 
 @pytest.mark.parametrize(

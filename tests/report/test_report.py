@@ -20,7 +20,7 @@ from shards.console import run
 from shards.dataset import load_dataset, open_index
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "shards"))
-from packing import encoded, pack_raw, picture, write_table
+from packing import encoded, pack_raw, picture, write_raw, write_table
 from test_stats_html import HOSTILE, Page
 
 
@@ -331,3 +331,16 @@ def test_a_run_scored_on_some_of_the_images(shards, tmp_path, capsys):
     lines = (fewer / "predictions" / "val.csv").read_text().splitlines(keepends=True)
     (fewer / "predictions" / "val.csv").write_text("".join([lines[0], *lines[:4:-1]]))
     assert f"{len(lines) - 5} images" in report_of(fewer)[0]
+
+
+def test_what_has_no_value_is_a_dash(tmp_path, capsys):
+    """A split of which no image has a label: no average precision, no reliability, nothing to miss."""
+    raw = write_raw(tmp_path / "raw")
+    write_table(raw / "val.csv", ["ImageID", "Labels"], [["10.jpg", ""], ["11.jpg", ""]])
+    lines = (raw / "train.csv").read_text().splitlines()
+    (raw / "train.csv").write_text("\n".join(lines[:11]) + "\n")
+    assert pack_raw(raw, tmp_path / "data", "--val-csv", raw / "val.csv") == 0
+    runs = [make_run(tmp_path / name, tmp_path / "data", seed=seed) for seed, name in enumerate(("a", "b"))]
+    text, found = report_of(*runs, verb=compare)
+    rows = {row[0]: row[1:] for table in found.tables if table[0][0] == "metric" for row in table[1:]}
+    assert rows["mAP"][0] == "–" and not re.search(r"\bnan\b", text + capsys.readouterr().out, re.IGNORECASE)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mlc.metrics.multilabel import fbeta
+from mlc.metrics.multilabel import value_of
 from mlc.metrics.threshold_search import Metric
 from mlc.report import threshold_curves
 from mlc.report.threshold_curves import curves, plot
@@ -9,9 +9,9 @@ from mlc.report.threshold_curves import curves, plot
 GROUPS = {"x": [0, 2], "y": [1, 3, 4]}
 
 
-@pytest.mark.parametrize("name", ["f1_samples", "f2_macro", "f0.5_micro"])
-def test_every_point_is_the_metric_at_that_threshold(name, monkeypatch):
-    rng, metric = np.random.default_rng(0), Metric.of(name)
+@pytest.mark.parametrize("name, zero", [("f1_samples", 0), ("f1_samples", 1), ("f2_macro", 1), ("f0.5_micro", 0)])
+def test_every_point_is_the_metric_at_that_threshold(name, zero, monkeypatch):
+    rng, metric = np.random.default_rng(0), Metric.of(name, zero)
     scores = np.round(rng.random((30, 5)) * 40).astype(np.float32) / 40  # some scores are thresholds
     target = rng.random(scores.shape) < 0.4
     monkeypatch.setattr(threshold_curves, "CHUNK", 35)
@@ -21,7 +21,7 @@ def test_every_point_is_the_metric_at_that_threshold(name, monkeypatch):
         for place in range(0, 199, 9):
             predicted = own > found["threshold"][place]
             hits = (predicted & true).sum()
-            expected = fbeta(predicted, true, average=metric.average, beta=metric.beta)
+            expected = value_of(metric, predicted, true)
             assert curve["value"][place] == pytest.approx(expected, abs=1e-6)
             assert curve["precision"][place] == pytest.approx(hits / max(predicted.sum(), 1), abs=1e-6)
             assert curve["recall"][place] == pytest.approx(hits / true.sum(), abs=1e-6)

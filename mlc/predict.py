@@ -200,7 +200,7 @@ def _open(options, classes: Sequence[str]) -> tuple[TarReader | FolderReader, np
         if options.where or options.fold is not None:
             raise UserError("--fold and --where choose rows of --data; --images has none")
         reader = FolderReader(options.images)
-        return reader, np.arange(len(reader)), Path(options.images).resolve().name
+        return reader, np.arange(len(reader)), reader.folder.resolve().name
     dataset, reader, rows = open_rows(options)
     if list(dataset.classes) != list(classes):
         say(f"note: {options.data} has other classes than the run; the columns are the run's")
@@ -269,7 +269,7 @@ def _parser() -> Parser:
     parser.add_argument("--data", help="packed data set: a folder or a URL")
     parser.add_argument("--split", default="test", help="split of --data (default: test)")
     add_data_flags(parser)
-    parser.add_argument("--images", help="folder of images that nobody packed, instead of --data")
+    parser.add_argument("--images", help="instead of --data: a folder of images, a file or 'a/*.jpg'")
     parser.add_argument(
         "--tta",
         default="",

@@ -23,7 +23,7 @@ from mlc.data.prediction_stack import Stack, read_sets, read_stack, target_of_sp
 from mlc.data.truth import read_labels
 from mlc.metrics import combine, multilabel, thresholds
 from mlc.metrics.threshold_search import Metric
-from shards.console import Parser, UserError, did_you_mean, say
+from shards.console import Parser, UserError, did_you_mean, plural, say
 from shards.dataset import load_dataset
 from shards.files import disk_errors, whole
 from shards.table import found_classes
@@ -280,7 +280,7 @@ def _sets(options: Namespace, files: Sequence[Path], out: Path) -> int:
             parts = {kind: multilabel.fbeta(sets, target, average=kind) for kind in ("samples", "micro", "macro")}
             print(f"{name}: " + ", ".join(f"f1_{kind} {value:.4f}" for kind, value in parts.items()))
     write_submission(out, stack.ids.to_pylist(), stack.classes, chosen)
-    say(f"{len(files)} label set{'s' * (len(files) > 1)}, {chosen.sum(1).mean():.2f} labels per image: {out}")
+    say(f"{plural(len(files), 'label set')}, {chosen.sum(1).mean():.2f} labels per image: {out}")
     return 0
 
 

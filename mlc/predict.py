@@ -25,7 +25,7 @@ from mlc.inference import logits_of_rows, probabilities, tta_views
 from mlc.metrics import thresholds
 from mlc.models.export import exported_crop, load_exported
 from mlc.parallel import launch
-from shards.console import Parser, UserError, say
+from shards.console import Parser, UserError, plural, say
 from shards.dataset import Dataset, load_dataset
 
 
@@ -88,13 +88,13 @@ def main(argv: list[str] | None = None, load: Callable[[], tuple[torch.nn.Module
             for run, own in zip(names, each, strict=True):
                 write_probabilities(folder / f"{name}-{run}.csv", ids, classes, own)
             ways = f", since they see the samples in {len(passes)} ways" if len(passes) > 1 else ""
-            say(f"{len(each)} runs in {len(passes)} pass{'es' * (len(passes) > 1)} over the data{ways}; their mean:")
+            say(f"{len(each)} runs in {plural(len(passes), 'pass', 'passes')} over the data{ways}; their mean:")
         write_probabilities(folder / f"{name}.csv", ids, classes, scores)
         write_submission(folder / "submission.csv", ids, classes, thresholds.apply(scores, rule, classes))
-        if bad := (~seen).sum():
-            say(f"{bad} bad image{'s' * (bad > 1)}: probability 0 for every class")
+        if bad := int((~seen).sum()):
+            say(f"{plural(bad, 'bad image')}: probability 0 for every class")
         say(
-            f"{len(ids)} samples x {len(views)} view{'s' * (len(views) > 1)}, {thresholds.describe(rule)}: "
+            f"{len(ids)} samples x {plural(len(views), 'view')}, {thresholds.describe(rule)}: "
             f"{folder / f'{name}.csv'} and {folder / 'submission.csv'}"
         )
     accelerator.end_training()

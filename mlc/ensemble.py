@@ -313,7 +313,7 @@ def _write_weights(
 
 def _read_weights(path: Path, stack: Stack) -> tuple[str, NDArray]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         each, files = content["weights"], content["files"]
         named = isinstance(each, dict)
         if named and set(each) != set(stack.classes):

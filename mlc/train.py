@@ -140,17 +140,19 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
     recomputed = recompute(bare, config.grad_checkpointing)
     if reading:
         refuse_untrainable(bare, config, recomputed=recomputed, zero_stage=choice.zero_stage)
-    if config.batch_size == "auto":
 
-        def trial(size: int) -> None:
-            files = len(sources.soft) if sources.soft else 0
-            images = decodes_images(config)
-            batch = random_batch(size, config.img_size, len(dataset.classes), device, soft=files, images=images)
-            batch |= reading.random(size, device) if reading else {}
-            batch |= sources.features.random(size, device) if sources.features else {}
-            image, target, mix = prepare(batch, config, mean, std, mixing=True)
-            objective(bare, image, target, batch, mix)[0].backward()
+    def trial(size: int) -> None:
+        files = len(sources.soft) if sources.soft else 0
+        images = decodes_images(config)
+        batch = random_batch(size, config.img_size, len(dataset.classes), device, soft=files, images=images)
+        batch |= reading.random(size, device) if reading else {}
+        batch |= sources.features.random(size, device) if sources.features else {}
+        image, target, mix = prepare(batch, config, mean, std, mixing=True)
+        objective(bare, image, target, batch, mix)[0].backward()
 
+    if config.batch_size != "auto":
+        batch_size.check_one_image(plan, trial, bare, device)
+    else:
         plan, found = batch_size.find(
             plan,
             trial,

@@ -21,7 +21,7 @@ from mlc.data.reader import FolderReader, TarReader
 from mlc.data.remote import open_reader
 from mlc.data.sources import open_split
 from mlc.data.transforms import EvalTransform
-from mlc.inference import logits_of_rows, probabilities, tta_views
+from mlc.inference import logits_of_rows, non_finite, probabilities, tta_views
 from mlc.metrics import thresholds
 from mlc.models.export import exported_crop, load_exported
 from mlc.parallel import launch
@@ -140,12 +140,9 @@ def predict_each(
         seen[place] = True
         for own, answers in zip(scores, logits.swapaxes(0, 1), strict=True):
             own[place] = probabilities(answers)
-    missing = np.isnan(scores).any(axis=(0, 2)) & seen
-    if missing.any():
-        raise UserError(
-            f"{reader.name(int(rows[missing.argmax()]))}: the model's output is not a number ({missing.sum()} samples)"
-            "; try --amp-dtype none"
-        )
+    for own in scores:
+        if wrong := non_finite(own[seen], rows[seen], reader, info["label_names"]):
+            raise UserError(f"{wrong}; try --amp-dtype none, or other weights")
     return scores, seen
 
 

@@ -233,7 +233,7 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
         launch.same_buffers(bare, averaged)
         weights = {"val": bare} | ({"val_ema": averaged} if ema else {})
         with compiler.eager(), in_evaluation(config):
-            told = (config, dataset, accelerator, objective.loss, mean, std, val_bad, val_captions, val_features)
+            told = (config, dataset, accelerator, objective.loss, mean, std, val_bad, val_captions, val_features, step)
             results = evaluate(weights, *validation, *told)
         metrics = {name: result.metrics for name, result in results.items()}
         best_now = max(metrics, key=lambda name: goodness(metrics[name], config.eval_metric))

@@ -15,7 +15,7 @@ from mlc.data.dataset import BadSamples, EvalDataset
 from mlc.data.features import Features
 from mlc.data.reader import TarReader
 from mlc.data.transforms import EvalTransform
-from mlc.inference import logits_of_rows, probabilities
+from mlc.inference import logits_of_rows, non_finite, probabilities
 from mlc.metrics import multilabel
 from mlc.optim.losses import Loss
 from shards.console import UserError
@@ -44,10 +44,14 @@ def evaluate(
     bad: BadSamples,
     captions: EvalCaptions | None = None,
     features: Features | None = None,
+    step: int = 0,
 ) -> dict[str, Evaluation]:
     """Exact metrics of some rows of a split, {model: evaluation}, the same on every rank; images are decoded once.
 
     Images that cannot be read are named, counted in `bad` and left out.
+
+    Raises:
+        UserError: a logit is not finite, so that it has no rank and the weights are no good.
     """
     logits = np.empty((len(models), len(rows), len(dataset.classes)), np.float32)
     seen = np.zeros(len(rows), bool)
@@ -68,6 +72,11 @@ def evaluate(
     target = reader.index.targets(rows[seen])
     results = {}
     for name, own in zip(models, logits[:, seen], strict=True):
+        if found := non_finite(own, rows[seen], reader, dataset.classes):
+            raise UserError(
+                f"step {step}, evaluation of {name}: {found}. Try --amp-dtype none or bf16, a lower --lr or "
+                "--clip-grad 1, and --resume with the last checkpoint whose evaluation was good"
+            )
         loss = loss_fn(torch.from_numpy(own), torch.from_numpy(target)).double().mean().item()
         scores = probabilities(own[:, None])
         named = multilabel.evaluate(scores, target, threshold=config.threshold, groups=dataset.group_columns)

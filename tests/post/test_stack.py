@@ -109,6 +109,7 @@ def test_the_table_is_for_people(setting, tmp_path, capsys):
         (["--extra", "FOLDER/a.csv"], None),
         (["--extra", "FOLDER/few.csv"], "few.csv: no row for 239 of the 240 images of train, such as 0.jpg"),
         (["--extra", "FOLDER/bare.csv"], "no numbers in it"),
+        (["--extra", "FOLDER/nan.csv"], "image 5.jpg, number 1: nan (1 values are not finite)"),
         (["--split", "test"], "has no split 'test'"),
     ],
 )
@@ -116,6 +117,8 @@ def test_mistakes_are_one_line(setting, tmp_path, capsys, more, words):
     folder = setting[0]
     (folder / "few.csv").write_text("ImageID,x\n5.jpg,1\n")
     (folder / "bare.csv").write_text("ImageID\n5.jpg\n")
+    numbers = "".join(f"{row}.jpg,{'nan' if row == 5 else row}\n" for row in range(ROWS))
+    (folder / "nan.csv").write_text("ImageID,x\n" + numbers)
     more = [text.replace("FOLDER", str(folder)) for text in more]
     assert call(folder, tmp_path, *more) == (2 if words else 0)
     said = capsys.readouterr().err

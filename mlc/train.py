@@ -357,7 +357,7 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
                 divided.backward(loss * world)  # it takes the mean over ranks of what should be a sum
             batches.prepare()
             if mining:
-                mining.add(batch, logits, target)
+                mining.add(batch, logits, target, mix)
             step_loss += loss.detach()
             if sample_log:
                 sample_log.add(batch, mix)

@@ -46,6 +46,20 @@ PAGE = re.compile(
 )
 
 
+def check_download(file: Path, given: str = "") -> None:
+    """Raises UserError where `download_problem` knows why a file cannot be what it is called;
+    `given`: the flag that names it."""
+    if problem := download_problem(file):
+        raise UserError(f"{given} {file} {problem}".strip())
+
+
+def check_downloads(folder: Path, pattern: str, given: str = "") -> None:
+    """The same of the files in a folder whose names match a regular expression."""
+    for file in sorted(folder.iterdir()):
+        if re.fullmatch(pattern, file.name) and file.is_file():
+            check_download(file, given)
+
+
 def download_problem(file: Path | bytes) -> str:
     """How to go on where a file, or its first bytes, is only what stands in for another: `is ...,
     and what to do`; "" for any other, and for what cannot be read."""

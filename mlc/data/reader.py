@@ -13,6 +13,7 @@ from pathlib import Path
 
 from shards.console import UserError
 from shards.dataset import Dataset, Index
+from shards.files import download_problem
 from shards.image import SUFFIXES, BadImage, find_images
 
 OPEN_FILES = 128  # shards kept open per process
@@ -118,5 +119,7 @@ def _misfit(path: Path, size: int) -> str:
         return f"{path.name} cannot be read ({error.strerror})"
     if now == size:
         return ""
+    if problem := download_problem(path):
+        return f"{path.name} {problem}"
     how = "is truncated" if now < size else "has been replaced or grown since it was indexed"
     return f"{path.name} {how}: {now} bytes, dataset.json says {size}"

@@ -10,6 +10,7 @@ from pyarrow import parquet
 from mlc.data.prediction_files import rows_of
 from shards.console import UserError
 from shards.dataset import Index
+from shards.files import check_download
 
 NAMES = ("image_id", "ImageID", "key")
 
@@ -22,6 +23,7 @@ def by_image(files: list[Path], index: Index, flag: str) -> np.ndarray | None:
     """
     tables = []
     for file in files:
+        check_download(file, flag)
         try:
             names, kind, values = _read_numbers(file)
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:

@@ -255,7 +255,7 @@ def test_byte_order_marks_are_no_part_of_the_text(tmp_path):
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+        (b"version https://git-lfs.example/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
         (b"<!DOCTYPE html>\n<title>Sign in</title>", "is a web page"),
         (b"", "is empty"),
     ],

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mlc.config import Config
 from mlc.data.loader import BatchPlan, batch_sizes, plan_batches
 from mlc.data.mixing import together
+from mlc.models.freeze import learning_norms, train_mode
 from mlc.parallel import memory
 from mlc.parallel.compiler import has_own_forward
 from mlc.parallel.strategy import Choice, blocks
@@ -73,6 +74,10 @@ def find(
         return _worst(max(taken, 0) / room if room > 0 else math.inf, device)
 
     sizes = batch_sizes(plan.global_batch, plan.world_size, together=together)
+    if sizes == [1]:
+        check_one_image(plan, trial, model, device)
+    elif sizes[0] == 1 and _refuses_one_image(trial, model, device):
+        sizes = sizes[1:]
     whole = choice.name == "ddp" and device.type == "cuda"  # a trial is what the run will be
     size, shares = search(sizes, share, confirm=whole)
     limit = f"{room / 2**30:.1f} GiB ({memory.USABLE[device.type]:.0%} of what is free)"
@@ -86,6 +91,34 @@ def find(
         f"batch size auto: {found.batch_size} per device ({why}), accumulation {found.accumulation}; "
         f"{size} take{'s' * (size == 1)} {shares[size]:.0%} of {limit}"
     )
+
+
+def check_one_image(plan: BatchPlan, trial: Callable[[int], None], model: nn.Module, device: torch.device) -> None:
+    """Raises UserError where the plan gives a model one image at a time and its batch norm needs two."""
+    if plan.batch_size == 1 and (norm := _refuses_one_image(trial, model, device)):
+        raise UserError(
+            f"--batch-size: 1 image per device and pass is too few for batch norm ({norm}), which "
+            f"needs 2 to learn from; use --batch-size 2 and a --global-batch-size that is a multiple of "
+            f"{2 * plan.world_size}, or --freeze its weights"
+        )
+
+
+def _refuses_one_image(trial: Callable[[int], None], model: nn.Module, device: torch.device) -> str:
+    """A batch norm that is in the way of a pass with one image, "" where there is none. A map of
+    features has many values for each channel, but pooled features have one."""
+    norms = learning_norms(model)
+    if not norms:
+        return ""
+    train_mode(model)
+    try:
+        with _unchanged(model, device):
+            trial(1)
+    except (ValueError, RuntimeError, MemoryError) as error:
+        if "more than 1 value per channel" in str(error):
+            return norms[-1]
+        if not memory.is_out_of_memory(error):
+            raise
+    return ""
 
 
 def search(sizes: Sequence[int], share: Callable[[int], float], *, confirm: bool) -> tuple[int, dict[int, float]]:

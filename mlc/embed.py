@@ -21,7 +21,7 @@ from mlc.data.text import Words
 from shards.captions import SWITCHES, switches, words
 from shards.console import Parser, UserError, did_you_mean, say
 from shards.dataset import load_dataset, open_index
-from shards.files import whole
+from shards.files import check_download, whole
 
 KINDS = ("fasttext", "word2vec-skipgram", "word2vec-cbow")
 NGRAMS = 200_000  # rows for fastText's pieces of words; its own 2,000,000 are for a whole language, and gigabytes
@@ -128,6 +128,7 @@ def _read(path: Path):
         kinds = f"{', '.join(KINDS)}{did_you_mean(str(path), KINDS)}"
         raise UserError(f"--embeddings {path}: expected .vec, .txt or .bin, or one of {kinds}")
     models, binary = _gensim(), _binary(path)
+    check_download(path, "--embeddings")
     with _damage(path):
         with path.open("rb") as file:
             first = file.readline(1_000_000)

@@ -24,7 +24,7 @@ from mlc.data.truth import read_labels
 from mlc.metrics import combine, multilabel, thresholds
 from mlc.metrics.threshold_search import Metric
 from mlc.scores import add_zero_division
-from shards.console import Parser, UserError, did_you_mean, say
+from shards.console import Parser, UserError, did_you_mean, plural, say
 from shards.dataset import load_dataset
 from shards.files import disk_errors, whole
 from shards.json_text import to_json
@@ -290,7 +290,7 @@ def _sets(options: Namespace, files: Sequence[Path], out: Path) -> int:
             }
             print(f"{name}: " + ", ".join(f"f1_{kind} {value:.4f}" for kind, value in parts.items()))
     write_submission(out, stack.ids.to_pylist(), stack.classes, chosen)
-    say(f"{len(files)} label set{'s' * (len(files) > 1)}, {chosen.sum(1).mean():.2f} labels per image: {out}")
+    say(f"{plural(len(files), 'label set')}, {chosen.sum(1).mean():.2f} labels per image: {out}")
     return 0
 
 
@@ -324,7 +324,7 @@ def _write_weights(
 
 def _read_weights(path: Path, stack: Stack) -> tuple[str, NDArray]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         each, files = content["weights"], content["files"]
         named = isinstance(each, dict)
         if named and set(each) != set(stack.classes):

@@ -14,9 +14,10 @@ from accelerate import Accelerator
 
 from mlc.data.dataset import BadSamples, Batch, EvalDataset
 from mlc.data.loader import Waiting, eval_blocks, load
+from mlc.data.reader import FolderReader, TarReader
 from mlc.data.transforms import normalize
 from mlc.parallel.launch import Fetched
-from shards.console import UserError, progress, say
+from shards.console import UserError, plural, progress, say
 
 View = Callable[[torch.Tensor], torch.Tensor]  # [B, 3, H, W] -> [B, 3, H, W]
 ZOOM = 1.15  # the `scale` view shows the middle of the image this much larger
@@ -121,6 +122,20 @@ def answered(model: torch.nn.Module, image: torch.Tensor | None, batch: Batch) -
     share = batch["caption_weight"].log()[:, :, None]  # -inf where there is none
     yes, no = (torch.logsumexp(share + F.logsigmoid(sign * each), 1) for sign in (1, -1))
     return yes - no
+
+
+def non_finite(values: np.ndarray, rows: np.ndarray, reader: TarReader | FolderReader, classes: Sequence[str]) -> str:
+    """Names the first of the outputs [N, C] for `rows` that is no number or infinite; "" where all
+    are finite."""
+    wrong = ~np.isfinite(values)
+    if not wrong.any():
+        return ""
+    place, column = (int(number) for number in np.argwhere(wrong)[0])
+    images = plural(int(wrong.any(1).sum()), "image")
+    return (
+        f"{reader.name(int(rows[place]))}, class {classes[column]}: the model's output is "
+        f"{values[place, column]:g} ({images} of {len(rows)})"
+    )
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:

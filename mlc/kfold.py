@@ -24,6 +24,7 @@ from rich.table import Table
 from mlc import jobs, predict, slurm
 from mlc.config import Config, flag
 from mlc.data.prediction_files import places, read_predictions, refuse_repeats, write_probabilities
+from mlc.data.reader import FolderReader
 from mlc.data.sampler import parse_data
 from mlc.data.sources import Sources, open_split
 from mlc.flags import read_flags, read_yaml
@@ -157,8 +158,8 @@ def _refuse_others(options: Namespace, config: Config, dataset: Dataset) -> None
         raise UserError(f"--predict {options.predict}: that is what oof.csv holds; the models have seen its samples")
     if options.predict:
         open_split(dataset, options.predict)
-    if options.images and not Path(options.images).is_dir():
-        raise UserError(f"--images {options.images}: no such folder")
+    if options.images:
+        FolderReader(options.images)
 
 
 def _submit(folders: Sequence[str], out: Path, options: Namespace) -> int:
@@ -292,7 +293,7 @@ def _parser() -> Parser:
     add = parser.add_argument
     add("--folds", type=_positive, metavar="K", help="as in `mlc pack --folds` (default: what the data has)")
     add("--predict", metavar="SPLIT", help="also the mean of all models on this split of --data, and a submission")
-    add("--images", metavar="DIR", help="also the mean of all models on this folder of images")
+    add("--images", metavar="DIR", help="also the mean of all models on these images (see predict)")
     add("--tta", default="", help="views to average in all predictions, comma-separated: hflip, scale")
     add(
         "--weights",

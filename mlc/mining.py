@@ -15,6 +15,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from mlc.config import Config
 from mlc.data.dataset import Batch
+from mlc.data.mixing import Mix
 from mlc.data.sampler import Sampler
 from mlc.parallel import checkpoint
 from mlc.parallel.storage import Place
@@ -34,14 +35,18 @@ class HardMining:
         self._now = torch.full((rows,), UNSEEN, device=device)
         self._before = self._now.clone()
 
-    def add(self, batch: Batch, logits: Tensor, target: Tensor) -> None:
-        """Takes a micro-batch: logits and target [B, C] of its images as they were seen; of a mixed one, the loss is
-        that of the sample whose place it is."""
+    def add(self, batch: Batch, logits: Tensor, target: Tensor, mix: Mix | None = None) -> None:
+        """Takes a micro-batch: logits and target [B, C] of its images as they were seen; of a mixed
+        one, the loss is laid to a sample that is in it (`Mix.charged`)."""
         seen = logits.detach().float().index_select(1, self._columns)
         wanted = target.float().index_select(1, self._columns)
         loss = binary_cross_entropy_with_logits(seen, wanted, reduction="none").mean(1)
-        own = (batch["source"] == 0).to(loss.device, non_blocking=True)  # other data sets are not mined
-        self._now.scatter_reduce_(0, batch["row"] * own, torch.where(own, loss, UNSEEN), "amax")
+        source, row = batch["source"], batch["row"]
+        if mix is not None:
+            charged = mix.charged()
+            source, row = source[charged], row[charged.to(row.device, non_blocking=True)]
+        own = (source == 0).to(loss.device, non_blocking=True)  # other data sets are not mined
+        self._now.scatter_reduce_(0, row * own, torch.where(own, loss, UNSEEN), "amax")
 
     def until(self, global_batch: int) -> int:
         """The steps that begin at a position below this read nothing that the newest list is not for."""

@@ -21,11 +21,11 @@ from mlc.data.reader import FolderReader, TarReader
 from mlc.data.remote import open_reader
 from mlc.data.sources import open_split
 from mlc.data.transforms import EvalTransform
-from mlc.inference import logits_of_rows, probabilities, tta_views
+from mlc.inference import logits_of_rows, non_finite, probabilities, tta_views
 from mlc.metrics import thresholds
 from mlc.models.export import exported_crop, load_exported
 from mlc.parallel import launch
-from shards.console import Parser, UserError, say
+from shards.console import Parser, UserError, plural, say
 from shards.dataset import Dataset, load_dataset
 
 
@@ -88,13 +88,13 @@ def main(argv: list[str] | None = None, load: Callable[[], tuple[torch.nn.Module
             for run, own in zip(names, each, strict=True):
                 write_probabilities(folder / f"{name}-{run}.csv", ids, classes, own)
             ways = f", since they see the samples in {len(passes)} ways" if len(passes) > 1 else ""
-            say(f"{len(each)} runs in {len(passes)} pass{'es' * (len(passes) > 1)} over the data{ways}; their mean:")
+            say(f"{len(each)} runs in {plural(len(passes), 'pass', 'passes')} over the data{ways}; their mean:")
         write_probabilities(folder / f"{name}.csv", ids, classes, scores)
         write_submission(folder / "submission.csv", ids, classes, thresholds.apply(scores, rule, classes))
-        if bad := (~seen).sum():
-            say(f"{bad} bad image{'s' * (bad > 1)}: probability 0 for every class")
+        if bad := int((~seen).sum()):
+            say(f"{plural(bad, 'bad image')}: probability 0 for every class")
         say(
-            f"{len(ids)} samples x {len(views)} view{'s' * (len(views) > 1)}, {thresholds.describe(rule)}: "
+            f"{len(ids)} samples x {plural(len(views), 'view')}, {thresholds.describe(rule)}: "
             f"{folder / f'{name}.csv'} and {folder / 'submission.csv'}"
         )
     accelerator.end_training()
@@ -140,12 +140,9 @@ def predict_each(
         seen[place] = True
         for own, answers in zip(scores, logits.swapaxes(0, 1), strict=True):
             own[place] = probabilities(answers)
-    missing = np.isnan(scores).any(axis=(0, 2)) & seen
-    if missing.any():
-        raise UserError(
-            f"{reader.name(int(rows[missing.argmax()]))}: the model's output is not a number ({missing.sum()} samples)"
-            "; try --amp-dtype none"
-        )
+    for own in scores:
+        if wrong := non_finite(own[seen], rows[seen], reader, info["label_names"]):
+            raise UserError(f"{wrong}; try --amp-dtype none, or other weights")
     return scores, seen
 
 
@@ -200,7 +197,7 @@ def _open(options, classes: Sequence[str]) -> tuple[TarReader | FolderReader, np
         if options.where or options.fold is not None:
             raise UserError("--fold and --where choose rows of --data; --images has none")
         reader = FolderReader(options.images)
-        return reader, np.arange(len(reader)), Path(options.images).resolve().name
+        return reader, np.arange(len(reader)), reader.folder.resolve().name
     dataset, reader, rows = open_rows(options)
     if list(dataset.classes) != list(classes):
         say(f"note: {options.data} has other classes than the run; the columns are the run's")
@@ -269,7 +266,7 @@ def _parser() -> Parser:
     parser.add_argument("--data", help="packed data set: a folder or a URL")
     parser.add_argument("--split", default="test", help="split of --data (default: test)")
     add_data_flags(parser)
-    parser.add_argument("--images", help="folder of images that nobody packed, instead of --data")
+    parser.add_argument("--images", help="instead of --data: a folder of images, a file or 'a/*.jpg'")
     parser.add_argument(
         "--tta",
         default="",

@@ -31,7 +31,7 @@ from mlc.models.export import load_exported, write_config
 from mlc.parallel import launch, storage
 from mlc.predict import add_compute_flags, add_data_flags, features_of, open_rows, predict, weights_folder
 from mlc.resume import at_path
-from shards.console import Parser, UserError, say
+from shards.console import Parser, UserError, plural, say
 from shards.files import disk_errors, whole
 
 State = dict[str, Tensor]
@@ -130,7 +130,7 @@ def _ingredients(options: Namespace, stack: ExitStack) -> dict[str, Path]:
         found = at_path(options.runs[0])[: options.checkpoints]
         if len(found) < options.checkpoints:
             raise UserError(
-                f"{options.runs[0]} has {len(found)} complete checkpoint{'s' * (len(found) != 1)}, not "
+                f"{options.runs[0]} has {plural(len(found), 'complete checkpoint')}, not "
                 f"{options.checkpoints}; --checkpoint-hist of the training says how many are kept"
             )
         places = {storage.name_of(place): place for place in found}

@@ -158,17 +158,19 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
     recomputed = recompute(bare, config.grad_checkpointing)
     if reading:
         refuse_untrainable(bare, config, recomputed=recomputed, zero_stage=choice.zero_stage)
-    if config.batch_size == "auto":
 
-        def trial(size: int) -> None:
-            files = len(sources.soft) if sources.soft else 0
-            images = decodes_images(config)
-            batch = random_batch(size, config.img_size, len(dataset.classes), device, soft=files, images=images)
-            batch |= reading.random(size, device) if reading else {}
-            batch |= sources.features.random(size, device) if sources.features else {}
-            image, target, mix = prepare(batch, config, mean, std, mixing=True)
-            objective(bare, image, target, batch, mix)[0].backward()
+    def trial(size: int) -> None:
+        files = len(sources.soft) if sources.soft else 0
+        images = decodes_images(config)
+        batch = random_batch(size, config.img_size, len(dataset.classes), device, soft=files, images=images)
+        batch |= reading.random(size, device) if reading else {}
+        batch |= sources.features.random(size, device) if sources.features else {}
+        image, target, mix = prepare(batch, config, mean, std, mixing=True)
+        objective(bare, image, target, batch, mix)[0].backward()
 
+    if config.batch_size != "auto":
+        batch_size.check_one_image(plan, trial, bare, device)
+    else:
         plan, found = batch_size.find(
             plan,
             trial,
@@ -256,7 +258,7 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
         launch.same_buffers(bare, averaged)
         weights = {"val": bare} | ({"val_ema": averaged} if ema else {})
         with compiler.eager(), in_evaluation(config):
-            told = (config, dataset, accelerator, objective.loss, mean, std, val_bad, val_captions, val_features)
+            told = (config, dataset, accelerator, objective.loss, mean, std, val_bad, val_captions, val_features, step)
             results = evaluate(weights, *validation, *told)
         metrics = {name: result.metrics for name, result in results.items()}
         best_now = max(metrics, key=lambda name: goodness(metrics[name], config.eval_metric))
@@ -380,7 +382,7 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
                 divided.backward(loss * world)  # it takes the mean over ranks of what should be a sum
             batches.prepare()
             if mining:
-                mining.add(batch, logits, target)
+                mining.add(batch, logits, target, mix)
             step_loss += loss.detach()
             if sample_log:
                 sample_log.add(batch, mix)

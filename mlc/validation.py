@@ -18,7 +18,7 @@ from mlc.data.dataset import BadSamples, EvalDataset
 from mlc.data.features import Features
 from mlc.data.reader import TarReader
 from mlc.data.transforms import EvalTransform
-from mlc.inference import logits_of_rows, probabilities
+from mlc.inference import logits_of_rows, non_finite, probabilities
 from mlc.metrics import multilabel
 from mlc.optim.losses import Loss
 from mlc.parallel import agree
@@ -49,10 +49,12 @@ def evaluate(
     bad: BadSamples,
     captions: EvalCaptions | None = None,
     features: Features | None = None,
+    step: int = 0,
 ) -> dict[str, Evaluation]:
     """Exact metrics of some rows of a split, {model: evaluation}; every process calls it, images are decoded once.
 
-    Images that cannot be read are named, counted in `bad` and left out.
+    Images that cannot be read are named, counted in `bad` and left out. A logit that is not finite has no rank: its
+    image and class are named, and no metric of that model has a value.
     """
     logits = np.empty((len(models), len(rows), len(dataset.classes)), np.float32)
     seen = np.zeros(len(rows), bool)
@@ -76,11 +78,14 @@ def evaluate(
         target = reader.index.targets(rows[seen])
         for name, own in zip(models, logits[:, seen], strict=True):
             scores = probabilities(own[:, None])
-            metrics = _measured(own, scores, target, config, dataset, loss_fn)
-            if metrics is None:
-                wrong = ~np.isfinite(own).all(1)
-                say(_not_a_number(name, reader.name(int(rows[seen][wrong.argmax()])), wrong.sum()))
+            if found := non_finite(own, rows[seen], reader, dataset.classes):
+                say(
+                    f"step {step}, evaluation of {name}: {found}, so no metric has a value. Try --amp-dtype bf16 or "
+                    "none, a lower --lr or --clip-grad 1"
+                )
                 metrics = dict.fromkeys(score_names(dataset), math.nan) | {"threshold": config.threshold}
+            else:
+                metrics = _measured(own, scores, target, config, dataset, loss_fn)
             results[name] = Evaluation(metrics, rows[seen], scores)
         return {name: result.metrics for name, result in results.items()}
 
@@ -90,21 +95,11 @@ def evaluate(
 
 def _measured(
     logits: np.ndarray, scores: np.ndarray, target: np.ndarray, config: Config, dataset: Dataset, loss_fn: Loss
-) -> dict[str, float] | None:
-    """{metric: value}; None where a logit is not finite and nothing can be ranked or compared."""
-    if not np.isfinite(logits).all():
-        return None
+) -> dict[str, float]:
     loss = loss_fn(torch.from_numpy(logits), torch.from_numpy(target)).double().mean().item()
     how = {"groups": dataset.group_columns, "zero_division": config.zero_division}
     named = multilabel.evaluate(scores, target, config.threshold, **how)
     return {"loss": loss, **dict(named)}
-
-
-def _not_a_number(model: str, sample: str, samples: int) -> str:
-    return (
-        f"{model}: of {sample} the model's output is not a number ({samples} samples), so no metric has "
-        "a value; try --amp-dtype bf16 or none, or a lower --lr"
-    )
 
 
 # ---- the metric that chooses the best weights ------------------------------------------------------------------------

@@ -69,6 +69,11 @@ def shown(value: float | None, form: str = ".4f") -> str:
     return "-" if value is None or math.isnan(value) else format(value, form)
 
 
+def plural(count: int, noun: str, nouns: str = "") -> str:
+    """`1 sample`, `2,000 samples`; with `nouns` for a noun whose plural is more than an s."""
+    return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
+
+
 def run(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:
     """Runs a verb; a user's mistake becomes one line and exit code 2, Ctrl-C exit code 130."""
     try:

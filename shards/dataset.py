@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from shards import urls
 from shards.console import UserError, did_you_mean
+from shards.files import check_download
 from shards.json_text import to_json
 
 FORMAT = "mlc-shards"
@@ -125,6 +126,7 @@ class Index:
     @cached_property
     def batch(self) -> pa.RecordBatch:
         """The whole index, columns as in SCHEMA; mapped at the first access."""
+        check_download(self.path)
         try:
             reader = pa.ipc.open_file(pa.memory_map(str(self.path)))
             batch = reader.get_batch(0) if reader.num_record_batches == 1 else None
@@ -254,6 +256,7 @@ def load_dataset(path: str | Path, *, cache_dir: str | Path = "") -> Dataset:
         return _load_remote(urls.check_url(str(path)), Path(cache_dir or urls.cache_home()))
     root = Path(path)
     file = root / JSON_NAME
+    check_download(file)
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -1,5 +1,6 @@
 """Writing files so that a crash or a full disk never leaves half of one under its name, and is one line to the user."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -37,3 +38,44 @@ def disk_errors(path: Path, *failures: type[Exception]) -> Iterator[None]:
             f"{path} could not be written ({getattr(error, 'strerror', None) or error}); make room or mend the disk, "
             "then start again (a training with --resume auto)"
         ) from error
+
+
+PAGE = re.compile(
+    rb"(\xef\xbb\xbf)?\s*<(!doctype html|html|head|\?xml[^>]*>\s*<Error)",
+    re.IGNORECASE,
+)
+
+
+def check_download(file: Path, given: str = "") -> None:
+    """Raises UserError where `download_problem` knows why a file cannot be what it is called;
+    `given`: the flag that names it."""
+    if problem := download_problem(file):
+        raise UserError(f"{given} {file} {problem}".strip())
+
+
+def check_downloads(folder: Path, pattern: str, given: str = "") -> None:
+    """The same of the files in a folder whose names match a regular expression."""
+    for file in sorted(folder.iterdir()):
+        if re.fullmatch(pattern, file.name) and file.is_file():
+            check_download(file, given)
+
+
+def download_problem(file: Path | bytes) -> str:
+    """How to go on where a file, or its first bytes, is only what stands in for another: `is ...,
+    and what to do`; "" for any other, and for what cannot be read."""
+    start = _start(file) if isinstance(file, Path) else file[:512]
+    if start is None:
+        return ""
+    if start.startswith(b"version https://git-lfs"):
+        return "is a git-lfs pointer and not yet the file itself: run `git lfs pull` in its repository"
+    if PAGE.match(start):
+        return "is a web page (HTML) and not the file itself: download it again, perhaps with a login"
+    return "" if start else "is empty: download or copy it again"
+
+
+def _start(path: Path) -> bytes | None:
+    try:
+        with open(path, "rb") as file:
+            return file.read(512)
+    except OSError:
+        return None

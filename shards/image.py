@@ -5,23 +5,67 @@ is written. Its bytes then go into the tar unchanged unless the format is one th
 user asked for smaller pictures.
 """
 
+import glob
 import io
+import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from shards.console import UserError
+from shards.files import download_problem
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG with a second picture behind it
 TO_PNG = ("BMP", "GIF", "TIFF")
 OPENED = ("JPEG", "PNG", "WEBP", *TO_PNG)  # Pillow finds out about MPO by itself
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+NOT_OURS = ("__MACOSX", "@eaDir")  # thumbnails and forks of macOS and network disks
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 
 class BadImage(Exception):
     """The bytes are not a usable picture; the text says why."""
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file's name says that it is an image. Hidden ones are not: `._x.jpg` is what macOS
+    notes about x.jpg."""
+    file = name.rpartition("/")[2].lower()
+    return file.endswith(SUFFIXES) and not file.startswith(".")
+
+
+def find_images(source: str | Path) -> tuple[Path, list[str]]:
+    """(folder, names below it, sorted) of the images in a folder and those below it, of a single
+    file, or of what a glob such as `new/*.jpg` names.
+
+    Left out is what a system put there by itself: hidden files and folders, and `NOT_OURS`.
+    """
+    path = Path(source)
+    if path.is_dir():
+        folder, found = path, list(_walk(path))
+    elif path.exists():
+        folder, found = path.parent, [path]
+    else:
+        folder = next(above for above in path.parents if not glob.has_magic(str(above)))
+        matches = map(Path, glob.glob(str(path), recursive=True))
+        found = [image for match in matches for image in _images_at(match)]
+    return folder, sorted({image.relative_to(folder).as_posix() for image in found})
+
+
+def _images_at(path: Path) -> Iterator[Path]:
+    if path.is_dir():
+        yield from _walk(path)
+    elif is_image_name(path.name):
+        yield path
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in NOT_OURS]
+        yield from (Path(root, name) for name in files if is_image_name(name))
 
 
 def check_image(data: bytes) -> None:
@@ -102,7 +146,8 @@ def open_image(data: bytes) -> Image.Image:
         try:
             return Image.open(io.BytesIO(data), formats=OPENED)
         except Image.UnidentifiedImageError:
-            raise BadImage("not a picture of a known format (JPEG, PNG, WebP; BMP, GIF, TIFF)") from None
+            unknown = "not a picture of a known format (JPEG, PNG, WebP; BMP, GIF, TIFF)"
+            raise BadImage(download_problem(data) or unknown) from None
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
             raise BadImage(
                 f"more than {Image.MAX_IMAGE_PIXELS:,} pixels, Pillow's limit against decompression bombs; "

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from braceexpand import UnbalancedBracesError, braceexpand
 
-from shards.console import Parser, UserError, did_you_mean, listed, progress, say
+from shards.console import Parser, UserError, did_you_mean, listed, plural, progress, say
 from shards.dataset import JSON_NAME, Dataset, Shard, Split, load_dataset, write_dataset, write_index
 from shards.json_text import to_json
 from shards.table import found_classes, read_classes
@@ -48,6 +48,7 @@ class Scan:
         }
     )
     without_image: int = 0
+    other_images: list[str] = field(default_factory=list)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     split = _write(root, args.split, scans, _columns(scans, classes))
     splits = {**(before.splits if before else {}), args.split: split}
     write_dataset(Dataset(root, classes, groups_of, before.folds if before else 0, splits))
-    _summary(args, split, classes, sum(scan.without_image for scan in scans))
+    _summary(args, split, classes, scans)
     return 0
 
 
@@ -133,8 +134,10 @@ def scan_tar(path: Path) -> Scan:
                 image, sidecar = group.image(), read_sidecar(file, group)
             except UserError as error:
                 raise UserError(f"{path}: {error}") from None
+            others = group.other_images()
+            scan.other_images += [member.name for member in others]
             if image is None:
-                scan.without_image += 1
+                scan.without_image += not others  # else it counts as an image
                 continue
             ext, member = image
             values = (
@@ -163,7 +166,7 @@ def read_sidecar(file: BinaryIO, group: Group) -> Sidecar:
     for ext in ("json", "cls", "txt"):
         if ext in group.members:
             try:
-                texts[ext] = _read(file, group.members[ext]).decode("utf-8")
+                texts[ext] = _read(file, group.members[ext]).decode("utf-8-sig")
             except UnicodeDecodeError:
                 raise UserError(f"{group.members[ext].name} is not UTF-8 text") from None
     try:
@@ -266,7 +269,10 @@ def _write(root: Path, name: str, scans: Sequence[Scan], columns: Sequence[list[
     return Split(name, f"{name}.arrow", rows, shards)
 
 
-def _summary(args: Namespace, split: Split, classes: Sequence[str], without_image: int) -> None:
+def _summary(args: Namespace, split: Split, classes: Sequence[str], scans: Sequence[Scan]) -> None:
+    """Samples and images that are left out are together the images of the tars."""
+    without_image = sum(scan.without_image for scan in scans)
+    others = [name for scan in scans for name in scan.other_images]
     if args.json:
         print(
             to_json(
@@ -277,6 +283,7 @@ def _summary(args: Namespace, split: Split, classes: Sequence[str], without_imag
                     "shards": len(split.shards),
                     "classes": len(classes),
                     "without_image": without_image,
+                    "images_left_out": len(others),
                 }
             )
         )
@@ -286,3 +293,9 @@ def _summary(args: Namespace, split: Split, classes: Sequence[str], without_imag
         f"{args.out}: {split.name} has {split.num_samples} samples in {len(split.shards)} tars, "
         f"{len(classes)} classes{skipped}"
     )
+    if others:
+        say(
+            f"{plural(len(others), 'more image')} left out, such as {others[0]}: as for stock "
+            "webdataset and timm, a sample's image is KEY.jpg, jpeg, png or webp, and KEY ends at "
+            "the first dot"
+        )

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from shards.console import UserError, did_you_mean, listed, progress, say
+from shards.console import UserError, did_you_mean, listed, plural, progress, say
 from shards.dataset import PACKER
 from shards.image import check_files
 from shards.json_text import to_json
@@ -195,11 +195,11 @@ def settle(plan: Plan, bad_images: dict[str, str], args: Namespace) -> dict[str,
     bad = len(problems)
     if bad > args.skip_bad:
         raise UserError(
-            f"{bad} bad row{'s' * (bad > 1)}, nothing is packed; mend them, or leave them out with "
+            f"{plural(bad, 'bad row')}, nothing is packed; mend them, or leave them out with "
             f"--skip-bad {bad}\n{listed(problems.lines())}"
         )
     if bad:
-        say(f"left out {bad} bad row{'s' * (bad > 1)}\n{listed(problems.lines())}")
+        say(f"left out {plural(bad, 'bad row')}\n{listed(problems.lines())}")
     good = {split: [row for row in rows if not problems.has(row)] for split, rows in plan.rows.items()}
     return _samples(_split(good, plan, args), plan, args)
 

@@ -73,7 +73,7 @@ def survey(path: Path) -> Survey:
     try:
         for member in scan(path):
             parts = split_name(member.name)
-            if parts is None or member.name.startswith("__"):
+            if parts is None:
                 continue
             key, ext = parts
             group = found.groups.setdefault(key, Group(key))
@@ -81,6 +81,8 @@ def survey(path: Path) -> Survey:
                 found.bad[key] = "the files of the sample are not next to each other, or the key is there twice"
             elif ext in group.members:
                 found.bad.setdefault(key, f"{member.name} is there twice")
+            if member.problem:
+                found.bad.setdefault(key, member.problem)
             group.members.setdefault(ext, member)
             current = key
     except UserError as error:

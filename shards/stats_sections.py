@@ -14,6 +14,7 @@ import numpy as np
 from markupsafe import Markup
 
 from shards import charts, stats_facts
+from shards.console import plural
 from shards.dataset import Dataset, Index
 from shards.duplicates import Copies
 from shards.pictures import Survey
@@ -94,7 +95,7 @@ def _copy_warnings(data: Data, found: Sequence[Copies]) -> list[tuple[str, str]]
         ("repeats", repeats, "picture", "more than once in the same split"),
         ("repeats" if repeats else "leaks", differing, "group", "of copies with labels that differ"),
     ]
-    return [(anchor, f"{_plural(count, noun)} {what}.") for anchor, count, noun, what in counted if count]
+    return [(anchor, f"{plural(count, noun)} {what}.") for anchor, count, noun, what in counted if count]
 
 
 def _label_warnings(data: Data) -> list[tuple[str, str]]:
@@ -293,10 +294,6 @@ def _card(data: Data, number: int, group: Copies) -> dict:
         "same_bytes": group.same_bytes,
         "differ": stats_facts.labels_differ(data.pictures, group, data.indexes),
     }
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'s' if count != 1 else ''}"
 
 
 def _described(what: str, series: Mapping[str, np.ndarray]) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 import yaml
 
 from shards.console import UserError, did_you_mean
+from shards.files import check_download
 
 SWALLOWED_ROW = re.compile(r"\n\s*[^\s,\"]+\.(?:jpe?g|png|webp|bmp|gif|tiff?)\s*,", re.IGNORECASE)
 QUOTES_HELP = 'put the field in quotes and double every quote inside it: "a ""red"" car"'
@@ -146,6 +147,8 @@ def _text(path: Path) -> str:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if data:
+        check_download(path)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -174,6 +177,7 @@ def _find_columns(path: Path, header: Sequence[str], columns: Columns, *, need_l
 
 def read_classes(path: Path) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
     """(classes in column order, groups) of a YAML file with `classes: [...]` and perhaps `groups: {name: [...]}`."""
+    check_download(path)
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

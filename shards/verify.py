@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from shards.console import Parser, UserError, listed, progress, say
+from shards.console import Parser, UserError, listed, plural, progress, say
 from shards.dataset import Dataset, Index, Shard, load_dataset, open_index
 from shards.index import read_sidecar
 from shards.json_text import to_json
@@ -85,12 +85,12 @@ def _say(found: dict, known: int, *, decoded: bool) -> None:
         say(f"{data}: {found['samples']} samples in {found['shards']} shards are as they were packed{what}{more}")
         return
     texts = [": ".join(filter(None, (problem["shard"], problem["key"], problem["problem"]))) for problem in problems]
-    say(f"{data}: {len(problems)} problem{'s' * (len(texts) > 1)}\n{listed(texts, limit=len(texts))}")
+    say(f"{data}: {plural(len(problems), 'problem')}\n{listed(texts, limit=len(texts))}")
     if "quarantined" in found:
         lost = len(found["quarantined"])
         if any(problem["shard"].endswith(".arrow") for problem in problems):
             say("folds and sampling weights were in that index only: its samples have fold -1 and weight 1 now")
-        say(f"repaired: the index fits the tars again; {lost} sample{'s' * (lost != 1)} left it for {QUARANTINE}")
+        say(f"repaired: the index fits the tars again; {plural(lost, 'sample')} left it for {QUARANTINE}")
 
 
 def verify(dataset: Dataset, *, decode: bool, workers: int) -> tuple[list[dict[str, str]], int]:

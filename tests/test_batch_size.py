@@ -285,6 +285,23 @@ def test_mistakes_are_one_line(shards, tmp_path, capsys, more, words):
     assert message.startswith("error: ") and words in message
 
 
+@pytest.mark.parametrize(
+    ("size", "total", "words"),
+    [
+        ("1", "2", "1 image per device and pass is too few for batch norm (layer"),
+        ("auto", "1", "1 image per device and pass is too few for batch norm (layer"),
+        ("auto", "3", "--batch-size auto: 3 per device is too much"),
+    ],
+)
+def test_one_image_is_too_few_for_batch_norm(shards, tmp_path, capsys, monkeypatch, size, total, words):
+    """At 32 px the last maps of this model have one pixel. The memory holds two images."""
+    memory_for(2, monkeypatch)
+    more = ["-b", size, "--global-batch-size", total]
+    assert run_verb(train.main, argv(shards, tmp_path, *more, model=MODELS["batch norm"])) == 2
+    assert words in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
 def test_deepspeeds_buffers_are_not_guessed():
     with pytest.raises(UserError, match="--batch-size auto does not go with zero2"):
         batch_size.plan(Config(batch_size="auto", global_batch_size=16), strategy.Choice(name="zero2"), 2)

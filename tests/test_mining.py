@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from mlc import predict, train
+from mlc.config import Config
+from mlc.data.mixing import draw_mix
 from mlc.data.prediction_files import read_predictions
 from mlc.data.sampler import Rows, Sampler
 from mlc.mining import HardMining
@@ -78,6 +80,29 @@ def test_what_an_epoch_did_not_show_keeps_its_loss(tmp_path):
     show(range(4), 0.0)
     show([7], 2.0)
     assert mining.renew(44, 2) and set(sampler.sources[0].hard.lists[2]) == {4, 7}
+
+
+def test_the_loss_of_a_grid_is_laid_to_a_sample_that_is_in_it(tmp_path):
+    rows = 400
+    sampler = Sampler([Rows(make_index(tmp_path, rows, seed=0), 0, hard=0.1)], [None], 0)
+    mining = HardMining(sampler, CPU, [0])
+    mix = draw_mix(torch.arange(rows), Config(splicemix=0.6, cutmix=1.0), 32, 32)
+    seen = [
+        set(sources) if (how or "").startswith("splicemix") else {place, *sources}
+        for place, (how, sources, _) in enumerate(mix.described())
+    ]
+    charged = mix.charged().tolist()
+    assert all(sample in samples for sample, samples in zip(charged, seen, strict=True))
+    assert all(sample == place for place, sample in enumerate(charged) if place in seen[place])
+    assert 0.1 < np.mean([place not in samples for place, samples in enumerate(seen)]) < 0.3
+
+    losses = torch.arange(1, rows + 1.0)[:, None]  # of picture i; the largest that a sample has is its own
+    batch = {"source": torch.zeros(rows, dtype=torch.int64), "row": torch.arange(rows)}
+    mining.add(batch, losses, torch.zeros(rows, 1), mix)
+    expected = {sample: place for place, sample in enumerate(charged)}
+    found = mining._now.round().long() - 1
+    assert all(found[sample] == place for sample, place in expected.items())
+    assert (found < 0).sum() == rows - len(expected)
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------

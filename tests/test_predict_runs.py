@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mlc import predict, train
 from mlc.data.prediction_files import class_columns
@@ -122,3 +123,18 @@ def test_mistakes_are_one_line(shards, classes, tmp_path, capsys):
         said = capsys.readouterr().err
         assert words in said and len(said.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("broken", [1, 2])
+def test_unreadable_images_are_counted_and_have_rows(classes, tmp_path, capsys, broken):
+    run = untrained(tmp_path / "run", classes, 1)
+    (tmp_path / "images").mkdir()
+    for number in range(4):
+        Image.new("RGB", (40, 40), (60 * number, 9, 9)).save(tmp_path / "images" / f"{number}.png")
+    for number in range(broken):
+        (tmp_path / "images" / f"{number}.png").write_bytes(b"no image")
+    argv = ["--run", run, "--images", str(tmp_path / "images"), "-j", "0", "--out", str(tmp_path)]
+    assert run_verb(predict.main, argv) == 0
+    assert f"{broken} bad image{'s'[: broken - 1]}: probability 0" in capsys.readouterr().err
+    scores = read_stack([tmp_path / "images.csv"]).values[0]
+    assert (scores[:broken] == 0).all() and (scores[broken:] > 0).all()

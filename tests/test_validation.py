@@ -13,6 +13,7 @@ from conftest import TINY
 
 from mlc import train, validation
 from mlc.config import Config
+from mlc.inference import non_finite
 from mlc.metrics import multilabel
 from mlc.validation import evaluate, goodness, notes, refuse_unknown_metric, score_names
 from shards.console import UserError
@@ -76,11 +77,22 @@ def test_logits_that_are_no_numbers_leave_a_model_without_values(monkeypatch, ca
     rank = SimpleNamespace(is_main_process=True)
     bce = torch.nn.functional.binary_cross_entropy_with_logits
     told = (Config(data=["x"]), DATASET, rank, lambda x, t: bce(x, t, reduction="none"), (0,) * 3, (1,) * 3, None)
-    found = evaluate({"val": None, "val_ema": None}, reader, np.arange(4), *told)
+    found = evaluate({"val": None, "val_ema": None}, reader, np.arange(4), *told, step=7)
     bad, good = found["val"].metrics, found["val_ema"].metrics
     assert set(bad) == set(good) and bad.pop("threshold") == 0.5 and np.isnan(list(bad.values())).all()
     assert good["loss"] == pytest.approx(math.log(2)) and np.isfinite(list(good.values())).all()
-    assert "val: of sample 2 the model's output is not a number (1 samples)" in capsys.readouterr().err
+    assert (
+        "step 7, evaluation of val: sample 2, class b: the model's output is nan (1 image of 4)"
+        in capsys.readouterr().err
+    )
+
+
+def test_the_first_of_several_images_is_named():
+    reader, values = SimpleNamespace(name=lambda row: f"sample {row}"), np.zeros((6, 3))
+    assert non_finite(values, np.arange(6), reader, DATASET.classes) == ""
+    values[1, 2] = values[3, 0] = np.nan
+    found = non_finite(values, np.arange(6), reader, DATASET.classes)
+    assert found.startswith("sample 1, class c: ") and "(2 images of 6)" in found
 
 
 def test_a_run_whose_metric_has_no_value_says_so_and_has_its_best_weights(tmp_path, capsys):

@@ -19,7 +19,7 @@ from mlc.data.reader import FolderReader, TarReader
 from mlc.data.sampler import Sampler, plain
 from mlc.data.soft_labels import SoftLabels
 from mlc.data.transforms import EvalTransform, TrainTransform
-from shards.console import UserError, listed
+from shards.console import UserError, listed, plural
 from shards.dataset import Index
 from shards.image import BadImage
 
@@ -231,7 +231,7 @@ class BadSamples:
         if len(self) > self.limit:
             texts = [f"{name}: {reason}" for name, reason in self.known.items()]
             raise UserError(
-                f"{len(self)} bad sample{'s' * (len(self) > 1)}, --max-bad-samples allows {self.limit}; "
+                f"{plural(len(self), 'bad sample')}, --max-bad-samples allows {self.limit}; "
                 f"`mlc verify DIR` lists all damage, and with --repair it takes it out of the index\n{listed(texts)}"
             )
         return [f"bad sample {name}: {reason}; it is left out" for name, reason in new.items()]

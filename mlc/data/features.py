@@ -20,7 +20,7 @@ import torch
 
 from shards.console import UserError, did_you_mean
 from shards.dataset import Dataset, Index
-from shards.files import whole
+from shards.files import check_download, whole
 from shards.json_text import to_json
 
 _META = b"mlc-features"
@@ -74,6 +74,7 @@ class FeatureFile:
     def __init__(self, path: str | Path):
         """Raises UserError for a file that `write_features` did not write."""
         self.path = Path(path)
+        check_download(self.path, "--features")
         try:
             told = json.loads((self._reader.schema.metadata or {})[_META])
             self.data, self.splits, self.sha256 = told["data"], told["splits"], told["sha256"]

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from mlc.data.dataset import PREFETCH, Batch, EvalDataset, TrainDataset
-from shards.console import UserError
+from shards.console import UserError, plural
 
 ON_THE_HOST = ("position", "source", "bad")  # what only the host asks for; asking the device would wait for it
 WORKER = "DataLoader worker"  # so begin PyTorch's messages when one has ended
@@ -40,7 +40,7 @@ class BatchPlan:
 
     def __str__(self) -> str:
         return (
-            f"global batch {self.global_batch} = {self.world_size} process{'es' * (self.world_size > 1)} x "
+            f"global batch {self.global_batch} = {plural(self.world_size, 'process', 'processes')} x "
             f"{self.batch_size} a device x {self.accumulation} accumulated"
         )
 
@@ -55,8 +55,8 @@ def batch_sizes(global_batch: int, world_size: int, *, together: int) -> list[in
     if rest or share % together:
         mixed = f" x {together} ({_MIXING[together]})" if together > 1 else ""
         raise UserError(
-            f"--global-batch-size {global_batch} is not a multiple of {world_size} process{'es' * (world_size > 1)}"
-            f"{mixed}; use a multiple of {world_size * together}"
+            f"--global-batch-size {global_batch} is not a multiple of "
+            f"{plural(world_size, 'process', 'processes')}{mixed}; use a multiple of {world_size * together}"
         )
     return [size for size in range(together, share + 1, together) if share % size == 0]
 

@@ -106,6 +106,14 @@ class Mix:
             share[grid.places, :cells] = 1 / cells
         return index.to(device, non_blocking=True), share.to(device, non_blocking=True)
 
+    def charged(self) -> torch.Tensor:
+        """int64 [B]: the sample of the micro-batch that a loss is laid to: the one whose place it is
+        where it can be seen, else the one with the largest share (of a grid the first cell)."""
+        index, share = (x.numpy() for x in self.shares())
+        own = np.arange(len(index))
+        seen = (share * (index == own[:, None])).sum(1) > 0
+        return torch.from_numpy(np.where(seen, own, index[own, share.argmax(1)]))
+
     def described(self) -> list[tuple[str | None, list[int], float]]:
         """(how, from which samples of the micro-batch, own share) of each; None and no samples where it is whole."""
         found: list[tuple[str | None, list[int], float]] = [

@@ -18,7 +18,7 @@ import pyarrow as pa
 from mlc.data.reader import check_shards
 from shards.console import UserError
 from shards.dataset import SCHEMA, Dataset, Index, load_dataset, open_index
-from shards.files import disk_errors, whole
+from shards.files import check_download, disk_errors, whole
 from shards.json_text import to_json
 
 PREFIX = "pseudo:"
@@ -102,6 +102,7 @@ def open_overlay(text: str, known: Sequence[Dataset], *, cache_dir: str = "") ->
         UserError: no such file, or its data set is gone or another now.
     """
     path = Path(text.removeprefix(PREFIX))
+    check_download(path, "--data")
     try:
         with pa.memory_map(str(path)) as mapped:
             about = json.loads((pa.ipc.open_file(mapped).schema.metadata or {})[ABOUT])

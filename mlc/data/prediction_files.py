@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from shards.console import UserError, did_you_mean
 from shards.dataset import Index
-from shards.files import disk_errors, whole
+from shards.files import check_download, disk_errors, whole
 
 KINDS = (".csv", ".arrow")
 
@@ -38,6 +38,7 @@ def read_header(file: Path) -> list[str]:
     """The names of the columns of a CSV or Arrow file. Raises UserError."""
     if not is_prediction_file(str(file)):
         raise UserError(f"{file}: expected predictions in a .csv or .arrow file")
+    check_download(file)
     try:
         if file.suffix.lower() == ".csv":
             with pa.csv.open_csv(file) as reader:  # only its header is of interest
@@ -64,6 +65,7 @@ def read_predictions(file: Path, classes: Sequence[str]) -> tuple[pa.Array, np.n
     """(image ids, large_string [N], probabilities float32 [N, C]) of a prediction file, its columns in the order of
     `classes`; columns of other classes are passed over. Raises UserError.
     """
+    check_download(file)
     try:
         table = _read_csv(file, classes) if file.suffix.lower() == ".csv" else _read_arrow(file, classes)
         ids = table.column("ImageID").cast(pa.large_string()).combine_chunks()

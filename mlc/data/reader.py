@@ -8,13 +8,14 @@ import os
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
+from glob import has_magic
 from pathlib import Path
 
 from shards.console import UserError
 from shards.dataset import Dataset, Index
-from shards.image import BadImage
+from shards.files import download_problem
+from shards.image import SUFFIXES, BadImage, find_images
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 OPEN_FILES = 128  # shards kept open per process
 
 
@@ -66,19 +67,15 @@ class TarReader:
 
 
 class FolderReader:
-    """Image bytes of the files below a folder, in the order of their names: data that nobody packed."""
+    """Image bytes of the files below a folder, of one file or of a glob, in the order of their
+    names: data that nobody packed."""
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise UserError(f"--images {folder}: no such folder")
-        self.names = sorted(
-            str(path.relative_to(self.folder))
-            for path in self.folder.rglob("*")
-            if path.suffix.lower() in IMAGE_SUFFIXES
-        )
+    def __init__(self, source: str | Path):
+        self.folder, self.names = find_images(source)
         if not self.names:
-            raise UserError(f"--images {folder}: no images in it (looked for {', '.join(IMAGE_SUFFIXES)})")
+            nowhere = not Path(source).exists() and not has_magic(str(source))
+            none = f"no images in it (looked for {', '.join(SUFFIXES)})"
+            raise UserError(f"--images {source}: {'no such folder' if nowhere else none}")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -122,5 +119,7 @@ def _misfit(path: Path, size: int) -> str:
         return f"{path.name} cannot be read ({error.strerror})"
     if now == size:
         return ""
+    if problem := download_problem(path):
+        return f"{path.name} {problem}"
     how = "is truncated" if now < size else "has been replaced or grown since it was indexed"
     return f"{path.name} {how}: {now} bytes, dataset.json says {size}"

@@ -8,9 +8,11 @@ Three bijections and a table, one after the other:
     stratum  -> row                                      none, a list of rows, or cumulative weights
 
 There are as many strata in an epoch as samples are drawn in it. Without weights a stratum is a row (or one of a row's
-repeats). With weights the strata are equal slices of the cumulative weights and a draw is uniform in its slice, so that
-within an epoch every row comes up within one of its expected number of times: independent draws would miss 37 % of the
-rows even at equal weights. No library's random stream or floating-point sum is in any of it.
+repeats). With weights the strata are equal slices of the cumulative weights and a draw is uniform in its slice. So
+within an epoch the number of times a row comes up differs from the expected one by less than 2, and by less than 1
+where the row's weight lies within one slice: a border between two slices leaves a chance on either side of it.
+Independent draws have no such bound, and would miss 37 % of the rows even at equal weights. No library's random stream
+or floating-point sum is in any of it.
 """
 
 import functools

@@ -17,7 +17,7 @@ import numpy as np
 
 from shards.captions import words
 from shards.console import UserError
-from shards.files import disk_errors, whole
+from shards.files import check_download, check_downloads, disk_errors, whole
 from shards.json_text import to_json
 
 PAD, UNK = 0, 1  # of a word vocabulary
@@ -95,6 +95,7 @@ class Words:
     @classmethod
     def load(cls, path: Path) -> "Words":
         """Raises UserError for a file that `save` did not write."""
+        check_download(path)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             names, most = content["words"], int(content["max_tokens"])
@@ -173,6 +174,9 @@ def pretrained_tokenizer(name: str, max_tokens: int = MAX_TOKENS) -> Pieces:
     except ImportError as error:
         raise UserError(f'--text-model {name} needs a package: pip install "mlc[text]" ({error})') from None
     folder = Path(name).expanduser()
+    if folder.is_dir():
+        own = r"(tokenizer|vocab|merges|special).*\.(json|txt)|.*\.model"
+        check_downloads(folder, own, "--text-model")
     try:
         if folder.is_dir():
             fast = AutoTokenizer.from_pretrained(str(folder))

@@ -127,7 +127,7 @@ def write(path: str | Path, rule: Mapping[str, Any]) -> None:
 def load(path: str | Path) -> dict:
     """The content of a `thresholds.json`; UserError where it is missing, no JSON or without a usable threshold."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read thresholds from {path}: {error}; give --threshold 0.5 instead") from error
     threshold = content.get("global") if isinstance(content, dict) else None

@@ -15,6 +15,7 @@ from timm.models import load_state_dict
 from torch import Tensor
 
 from shards.console import UserError
+from shards.files import check_download
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a folder, the first that is there
 
@@ -52,14 +53,26 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         path = found[0]
     if not path.is_file():
         raise UserError(f"--pretrained-path {path}: no such file")
+    check_download(path, "--pretrained-path")
     try:
         state = load_state_dict(str(path))
     except (SafetensorError, OSError, EOFError, TypeError, ValueError, LookupError, AttributeError, RuntimeError) as e:
-        reason = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
-        raise UserError(f"--pretrained-path {path}: cannot be read as weights: {reason}") from e
+        raise UserError(f"--pretrained-path {path}: cannot be read as weights: {_reason(e)}") from e
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"--pretrained-path {path}: holds something else than weights by name")
     return from_hugging_face(state) if is_hugging_face(state) else dict(state)
+
+
+def _reason(error: Exception) -> str:
+    """torch's own advice, to read whatever the file holds, would run the code of a stranger."""
+    if "weights_only" in str(error):
+        found = re.search(r"Unsupported globals: (.*?)\.(?= |$)", str(error))
+        more = f"more than tensors ({found[1]})" if found else "no tensors, or is damaged"
+        return f"it holds {more}; ask for a .safetensors, or what torch.save(state_dict) writes"
+    if isinstance(error, LookupError):  # whose text is a number or a name of torch's own
+        return "it is damaged, or another kind of file"
+    lines = (line.strip() for line in str(error).splitlines() if line.strip())
+    return next(lines, type(error).__name__)
 
 
 def is_hugging_face(state: Mapping[str, Tensor]) -> bool:

@@ -22,7 +22,7 @@ from mlc.models.fusion import Fused
 from mlc.models.heads import add_label_head, fold
 from mlc.models.swin_attention import use_fast_attention
 from shards.console import UserError
-from shards.files import disk_errors, whole
+from shards.files import check_download, disk_errors, whole
 from shards.json_text import to_json
 
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
@@ -129,6 +129,7 @@ def load_exported(folder: str | Path) -> tuple[nn.Module, dict]:
     except (TypeError, ValueError, LookupError, AttributeError, AssertionError, RuntimeError) as error:
         raise UserError(f"{folder / _CONFIG}: timm {timm.__version__} cannot build this model: {error}") from error
     weights = folder / _WEIGHTS
+    check_download(weights)
     try:
         model.load_state_dict(load_file(weights))
     except (OSError, SafetensorError) as error:
@@ -161,6 +162,7 @@ def _fused(image: nn.Module | None, config: dict, folder: Path) -> Fused:
 
 
 def _read_config(path: Path) -> dict:
+    check_download(path)
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from mlc.models.bigru import BiGru
 from mlc.models.text_pool import POOLS, pooling
 from shards.console import UserError, did_you_mean
+from shards.files import check_downloads
 
 # What transformers raises for names, files and arguments that make no model.
 _REFUSALS = (OSError, TypeError, ValueError, LookupError, AttributeError, RuntimeError)
@@ -161,6 +162,10 @@ def files_of(name: str, pretrained: bool, flag: str = "--text-model") -> str:
         raise UserError(f"{flag} {name}: no config.json in it; {_fix(name, flag)}")
     if pretrained and not any((folder / file).is_file() for file in _WEIGHTS):
         raise UserError(f"{flag} {name}: no model.safetensors in it; {_fix(name, flag)}")
+    check_downloads(folder, r"config\.json", flag)
+    if pretrained:  # of both kinds of weights transformers takes the first
+        kind = "safetensors" if any(folder.glob("model*.safetensors")) else "bin"
+        check_downloads(folder, rf"(pytorch_)?model.*\.{kind}", flag)
     return str(folder)
 
 

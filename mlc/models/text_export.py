@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mlc.models.bigru import BiGru
 from mlc.models.text import HuggingFace, build_text_model, text_folder
 from shards.console import UserError
-from shards.files import disk_errors, whole
+from shards.files import check_download, disk_errors, whole
 from shards.json_text import to_json
 
 _BIGRU = "mlc-bigru"
@@ -61,6 +61,7 @@ def load_text(folder: str | Path, *, weights: bool = True) -> HuggingFace | BiGr
     """
     folder = text_folder(Path(folder))
     path = folder / "config.json"
+    check_download(path)
     try:
         config = json.loads(path.read_text())
         if config["model_type"] == _BIGRU:
@@ -101,6 +102,7 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 def _load(module: nn.Module, path: Path) -> None:
+    check_download(path)
     try:
         module.load_state_dict(load_file(path))
     except (OSError, SafetensorError) as error:

@@ -119,11 +119,19 @@ def table_of(inputs: Inputs, facts: Statistics, most: int) -> tuple[NDArray, NDA
 Part = Callable[[Inputs], NDArray]  # -> probabilities [n, C]
 
 
+def _kept(inputs: Inputs) -> NDArray:
+    """The mean of the models, where there is nothing to learn."""
+    return inputs.mean
+
+
 def boosted(inputs: Inputs, target: NDArray, *, make: Callable, most: int) -> Part:
     """Gradient boosting over (image, class); what is no candidate keeps the mean of the models."""
     facts = Statistics.of(inputs, target)
     image, label, table = table_of(inputs, facts, most)
-    model = make().fit(table, target[image, label])
+    true = target[image, label]
+    if true.all() or not true.any():  # such as a rare class that is no candidate where it is true
+        return _kept
+    model = make().fit(table, true)
 
     def predict(new: Inputs) -> NDArray:
         image, label, table = table_of(new, facts, most)
@@ -142,7 +150,7 @@ def ridge(inputs: Inputs, target: NDArray) -> Part:
         return np.concatenate(np.log(p / (1 - p)), axis=1)
 
     model = Ridge(alpha=len(target) / 10).fit(logits(inputs), target.astype(np.float64))
-    return lambda new: np.clip(model.predict(logits(new)), 0, 1)
+    return lambda new: np.clip(model.predict(logits(new)).reshape(len(new), -1), 0, 1)
 
 
 def nearest(inputs: Inputs, target: NDArray, *, k: int) -> Part:
@@ -175,7 +183,10 @@ def maker(kind: str, seed: int) -> Callable:
 
 
 def blend_weights(parts: Sequence[NDArray], target: NDArray) -> NDArray[np.float64]:
-    """[K], at least 0 and 1 together: those of the weighted mean of K predictions [n, C] with the least log loss."""
+    """[K], at least 0 and 1 together: those of the weighted mean of K predictions [n, C] with the
+    least log loss; without classes, C = 0, all is given to the first."""
+    if not target.size:
+        return np.eye(len(parts))[0]
     table = np.stack([part.reshape(-1) for part in parts])
     true = target.reshape(-1)
 
@@ -194,7 +205,8 @@ class SecondLevel:
     """The parts, fitted on all rows, and their weights, found on rows that they had not seen."""
 
     def __init__(self, inputs: Inputs, target: NDArray, *, kind: str, most: int, k: int, seed: int):
-        """target bool [n, C], every class with both sides; `most`, `k`: see `candidates` and `nearest`."""
+        """target bool [n, C], every class with both sides, C may be 0; `most`, `k`: see `candidates`
+        and `nearest`."""
         self._fits: dict[str, Callable[[Inputs, NDArray], Part]] = {
             "boosting": lambda rows, y: boosted(rows, y, make=maker(kind, seed), most=most),
             "ridge": ridge,
@@ -214,7 +226,8 @@ class SecondLevel:
         return ["mean", *self._fits]
 
     def _fit(self, inputs: Inputs, target: NDArray) -> dict[str, Part]:
-        return {name: fit(inputs, target) for name, fit in self._fits.items()}
+        learnt = target.shape[1] > 0
+        return {name: fit(inputs, target) if learnt else _kept for name, fit in self._fits.items()}
 
     @staticmethod
     def _predict(parts: dict[str, Part], inputs: Inputs) -> dict[str, NDArray]:

@@ -21,7 +21,7 @@ from mlc.post.pseudo import at_least_one
 from mlc.post.second_level import INNER, TINY, Inputs, SecondLevel
 from mlc.post.tables import by_image
 from mlc.scores import add_zero_division
-from shards.console import Parser, UserError, few, progress, say, shown
+from shards.console import Parser, UserError, few, plural, progress, say, shown
 from shards.dataset import Dataset, Index, load_dataset, open_index
 from shards.files import whole
 from shards.json_text import to_json
@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     dataset = load_dataset(options.data)
     index = labelled_index(dataset, options.split)
     target = index.targets(np.arange(len(index))) > 0.5
+    _check_learnable(options, target)
     inputs = _inputs(options, dataset, index, options.predictions)
     test = open_index(dataset, options.test_split) if options.test else None
     test_inputs = _inputs(options, dataset, test, options.test) if options.test else None
@@ -69,6 +70,19 @@ def main(argv: list[str] | None = None) -> int:
         say(text)
     say(f"{out}: oof.csv{f', {options.test_split}.csv' if options.test else ''}, stack.json")
     return 0
+
+
+def _check_learnable(options, target: np.ndarray) -> None:
+    if (needed := 2 * max(options.folds, INNER)) > len(target):
+        raise UserError(
+            f"--split {options.split} has {plural(len(target), 'image')}, and --folds {options.folds} "
+            f"needs {needed}: out-of-fold predictions of more images are needed"
+        )
+    if not (target.any(0) & ~target.all(0)).any():
+        raise UserError(
+            f"--split {options.split}: no class is on some images and not on others, so there is "
+            "nothing to learn; `mlc ensemble` averages models without labels"
+        )
 
 
 def _nested(inputs: Inputs, target: np.ndarray, folds: int, settings: dict) -> tuple[dict[str, np.ndarray], list]:

@@ -10,6 +10,7 @@ from pyarrow import parquet
 from mlc.data.prediction_files import rows_of
 from shards.console import UserError
 from shards.dataset import Index
+from shards.files import check_download
 
 NAMES = ("image_id", "ImageID", "key")
 
@@ -22,6 +23,7 @@ def by_image(files: list[Path], index: Index, flag: str) -> np.ndarray | None:
     """
     tables = []
     for file in files:
+        check_download(file, flag)
         try:
             names, kind, values = _read_numbers(file)
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
@@ -29,8 +31,13 @@ def by_image(files: list[Path], index: Index, flag: str) -> np.ndarray | None:
         wanted = index.batch.column("key" if kind == "key" else "image_id")
         what, fix = f"images of {index.path.stem}", "it must have a row for each"
         found = values[rows_of(f"{flag} {file}", pa.array(names, pa.large_string()), wanted, what, fix)]
-        if not np.isfinite(found).all():
-            raise UserError(f"{flag} {file}: {(~np.isfinite(found)).sum()} values are not finite")
+        wrong = ~np.isfinite(found)
+        if wrong.any():
+            row, column = np.argwhere(wrong)[0]
+            raise UserError(
+                f"{flag} {file}: image {wanted[int(row)].as_py()}, number {column + 1}: "
+                f"{found[row, column]:g} ({wrong.sum()} values are not finite)"
+            )
         tables.append(found)
     return np.concatenate(tables, axis=1) if tables else None
 

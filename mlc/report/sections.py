@@ -13,6 +13,7 @@ from mlc.metrics import bootstrap, calibration
 from mlc.metrics.scorecard import LOWER_IS_BETTER, ratio
 from mlc.report.runs import Run, Scored, Subject
 from shards import charts, stats_facts
+from shards.console import plural
 from shards.stats import overview, split_stats
 from shards.urls import redact
 
@@ -155,7 +156,7 @@ def _once(lines: Mapping[tuple[int, bool], tuple], place: int) -> str:
 def _run_chart(title: str, runs: Sequence[Run], lines: Mapping, ylabel: str, name: str, last: float) -> dict[str, Any]:
     """The last value of each line is in words, for who cannot see it; names of runs stay out of the picture."""
     ends = ", ".join(f"{y[-1]:.4g}" for _, y in lines.values())
-    label = f"{ylabel} by epoch, {len(lines)} line{'s' * (len(lines) > 1)}, at the end {ends}"
+    label = f"{ylabel} by epoch, {plural(len(lines), 'line')}, at the end {ends}"
     series = {str(number): points for number, points in enumerate(lines.values())}
     styles = dict(zip(series, lines, strict=True))
     axes = {"xlim": (0, 1.02 * last) if last else None, "styles": styles, "name": name}

@@ -84,3 +84,18 @@ def test_padding_rows_are_blank_and_invalid(index):
 def test_a_folder_without_images(tmp_path):
     with pytest.raises(UserError, match="no images in it"):
         FolderReader(tmp_path)
+
+
+def test_images_of_a_folder_a_file_or_a_glob(tmp_path):
+    """What a system left behind, and folders with the name of an image, are no images."""
+    hidden = ["._a.jpg", ".ipynb_checkpoints/a-checkpoint.jpg", "__MACOSX/b.jpg", "@eaDir/a.jpg/thumb.jpg"]
+    for name in ["a.jpg", "b/a.PNG", "b.jpg/c.jpg", "c[1].jpg", "notes.txt", *hidden]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    assert FolderReader(tmp_path).names == ["a.jpg", "b.jpg/c.jpg", "b/a.PNG", "c[1].jpg"]
+    assert FolderReader(tmp_path / "c[1].jpg").names == ["c[1].jpg"]
+    some = FolderReader(f"{tmp_path}/b*")
+    assert (some.folder, some.names, some.read(1)) == (tmp_path, ["b.jpg/c.jpg", "b/a.PNG"], b"b/a.PNG")
+    for nothing in ("*.webp", "nowhere/*.jpg"):
+        with pytest.raises(UserError, match="no images in it"):
+            FolderReader(tmp_path / nothing)

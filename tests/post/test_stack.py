@@ -1,6 +1,7 @@
 """`mlc stack` as a user runs it: files in, honest scores and files out; what it refuses."""
 
 import json
+from argparse import Namespace
 
 import numpy as np
 import pyarrow as pa
@@ -12,8 +13,9 @@ from scipy.special import expit
 from mlc.data.prediction_files import aligned, write_csv
 from mlc.metrics.multilabel import mean_average_precision
 from mlc.post import stack
+from mlc.post.second_level import Inputs
 from mlc.post.tables import by_image
-from shards.console import few, run
+from shards.console import UserError, few, run
 
 ROWS = 240
 
@@ -107,6 +109,7 @@ def test_the_table_is_for_people(setting, tmp_path, capsys):
         (["--extra", "FOLDER/a.csv"], None),
         (["--extra", "FOLDER/few.csv"], "few.csv: no row for 239 of the 240 images of train, such as 0.jpg"),
         (["--extra", "FOLDER/bare.csv"], "no numbers in it"),
+        (["--extra", "FOLDER/nan.csv"], "image 5.jpg, number 1: nan (1 values are not finite)"),
         (["--split", "test"], "has no split 'test'"),
     ],
 )
@@ -114,6 +117,8 @@ def test_mistakes_are_one_line(setting, tmp_path, capsys, more, words):
     folder = setting[0]
     (folder / "few.csv").write_text("ImageID,x\n5.jpg,1\n")
     (folder / "bare.csv").write_text("ImageID\n5.jpg\n")
+    numbers = "".join(f"{row}.jpg,{'nan' if row == 5 else row}\n" for row in range(ROWS))
+    (folder / "nan.csv").write_text("ImageID,x\n" + numbers)
     more = [text.replace("FOLDER", str(folder)) for text in more]
     assert call(folder, tmp_path, *more) == (2 if words else 0)
     said = capsys.readouterr().err
@@ -128,3 +133,29 @@ def test_lightgbm_that_is_not_there_is_named(setting, tmp_path, monkeypatch, cap
 
 def test_many_classes_are_not_all_named():
     assert few(["a", "b"]) == "a, b" and few(list("abcd"), 2) == "a, b and 2 more"
+
+
+@pytest.mark.parametrize("shape", ["one class", "one image of one class", "no class"])
+def test_few_classes_that_can_be_learnt(shape):
+    """Of a single column scikit-learn's answer has one axis less; and a part of the folds may have no class left."""
+    rng = np.random.default_rng(0)
+    target = rng.random((60, 1 if shape != "no class" else 0)) < 0.4
+    if shape == "one image of one class":
+        target[:] = np.arange(60)[:, None] == 0
+    models = Inputs(rng.random((2, *target.shape)), np.zeros(target.shape[1], np.int64))
+    settings = {"kind": "hist", "most": 64, "k": 20, "seed": 0}
+    held_out, weights = stack._nested(models, target, 3, settings)
+    assert all(table.shape == target.shape and np.isfinite(table).all() for table in held_out.values())
+    assert all(sum(found.values()) == pytest.approx(1) for found in weights)
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        (np.ones((60, 2), bool), "no class is on some images and not on others"),
+        (np.eye(2, dtype=bool), "has 2 images, and --folds 3 needs 6"),
+    ],
+)
+def test_what_cannot_be_learnt_is_one_line(target, words):
+    with pytest.raises(UserError, match=words):
+        stack._check_learnable(Namespace(split="train", folds=3), target)

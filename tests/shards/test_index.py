@@ -12,6 +12,7 @@ from packing import encoded, image_bytes, opened, pack_raw, picture, tree, write
 from shards import index as verb
 from shards.console import run
 from shards.dataset import load_dataset
+from shards.repair import survey
 
 
 def index_tars(out, *argv) -> int:
@@ -188,6 +189,77 @@ def test_json_summary_and_many_tars(tmp_path, capsys):
         "shards": 3,
         "classes": 2,
         "without_image": 0,
+        "images_left_out": 0,
     }
     index = opened(tmp_path / "out")
     assert np.array_equal(index.shard, np.repeat([0, 1, 2], 4))
+
+
+def named_tar(path, *names, links=()):
+    """A tar of one image under each name, then links (name, type, target)."""
+    with tarfile.open(path, "w") as tar:
+        for number, name in enumerate(names):
+            member, data = tarfile.TarInfo(name), encoded(picture(number)) if "." in name else b""
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+        for name, kind, target in links:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            tar.addfile(member)
+    return path
+
+
+def test_images_whose_names_have_two_dots_are_refused(tmp_path, capsys):
+    """Stock webdataset makes one sample of all `v1.*`, in which timm finds no image."""
+    path = named_tar(tmp_path / "x.tar", "a.jpg", "b.jpg", "v1.0001.jpg", "v1.0002.jpg", "v1.0003.jpg")
+    stock = [set(sample) & {"jpg"} for sample in webdataset.WebDataset(str(path), shardshuffle=False)]
+    assert stock == [{"jpg"}, {"jpg"}, set()]
+    said = refused(capsys, tmp_path / "out", path)
+    assert "v1.0001.jpg, v1.0002.jpg, v1.0003.jpg: a WebDataset key ends at the first dot" in said
+
+
+def test_samples_and_images_left_out_are_all_images(tmp_path, capsys):
+    names = ["a.jpg", "a.mask.png", "b.webp", "b.tif", "c.bmp", "__d.jpg", "__meta__/e.txt", "f", "._a.jpg"]
+    path = named_tar(tmp_path / "x.tar", *names)
+    (tmp_path / "c.yaml").write_text("classes: [z]")
+    assert index_tars(tmp_path / "out", path, "--classes", tmp_path / "c.yaml") == 0
+    said = capsys.readouterr().err
+    assert "train has 3 samples" in said and "3 more images left out, such as a.mask.png" in said
+    index = opened(tmp_path / "out")
+    stock = [s["__key__"] for s in webdataset.WebDataset(str(path), shardshuffle=False) if {"jpg", "webp"} & set(s)]
+    assert [index.key(row) for row in range(3)] == stock == ["a", "b", "__d"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [(tarfile.LNKTYPE, "a hard link to a.jpg"), (tarfile.SYMTYPE, "a symbolic link to a.jpg")],
+)
+def test_links_are_refused_where_they_belong_to_a_sample(tmp_path, capsys, kind, says):
+    path = named_tar(tmp_path / "x.tar", "a.jpg", links=[("b.jpg", kind, "a.jpg")])
+    assert f"b.jpg is {says}, which WebDataset readers skip" in refused(capsys, tmp_path / "out", path)
+    assert survey(path).groups.keys() == {"a"} and says in survey(path).bad["b"]
+    named_tar(path, "a.jpg", links=[("latest", kind, "a.jpg")])
+    (tmp_path / "c.yaml").write_text("classes: [z]")
+    assert index_tars(tmp_path / "out", path, "--classes", tmp_path / "c.yaml") == 0
+
+
+def test_byte_order_marks_are_no_part_of_the_text(tmp_path):
+    mark = "\ufeff".encode()
+    members = {"json": mark + b'{"labels": ["sea"]}', "txt": mark + b"a boat"}
+    path = write_tar(tmp_path / "x.tar", [sample(0, **members), sample(1, cls=mark + b"sea")])
+    assert index_tars(tmp_path / "out", path) == 0
+    index = opened(tmp_path / "out")
+    assert index.caption(0) == "a boat" and load_dataset(tmp_path / "out").classes == ("sea",)
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"version https://git-lfs.example/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+        (b"<!DOCTYPE html>\n<title>Sign in</title>", "is a web page"),
+        (b"", "is empty"),
+    ],
+)
+def test_what_is_no_tar_yet(tmp_path, capsys, data, says):
+    (tmp_path / "x.tar").write_bytes(data)
+    assert says in refused(capsys, tmp_path / "out", tmp_path / "x.tar")

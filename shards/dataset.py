@@ -19,7 +19,9 @@ import numpy as np
 import pyarrow as pa
 
 from shards import urls
+from shards.cells import free_separator
 from shards.console import UserError, did_you_mean
+from shards.table import USUAL_COLUMNS, Columns
 
 FORMAT = "mlc-shards"
 VERSION = 1
@@ -66,7 +68,9 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What `dataset.json` says. `classes` are in column order, `groups` maps a group to its class names.
+    """What `dataset.json` says. `classes` are in column order, `groups` maps a group to its class
+    names, `columns` says how the tables that it was packed from name their columns and separate
+    labels: submissions are written the same way.
 
     A data set behind a URL has that as its `url`; `root` is then the local folder its indexes are copied to.
     """
@@ -77,6 +81,7 @@ class Dataset:
     folds: int
     splits: Mapping[str, Split]
     url: str = ""
+    columns: Columns = USUAL_COLUMNS
 
     @property
     def fingerprint(self) -> str:
@@ -301,7 +306,20 @@ def _dataset(root: Path, data: dict[str, Any]) -> Dataset:
         for name, split in data["splits"].items()
     }
     groups = {name: tuple(members) for name, members in data["groups"].items()}
-    return Dataset(root=root, classes=tuple(data["classes"]), groups=groups, folds=data["folds"], splits=splits)
+    classes = tuple(data["classes"])
+    columns = columns_of(data.get("columns"), classes)
+    return Dataset(root, classes, groups, data["folds"], splits, columns=columns)
+
+
+def columns_of(stored: Mapping[str, str] | None, classes: Sequence[str]) -> Columns:
+    """What `dataset.json` or `config.json` says about tables. Where it says nothing (it is older, or
+    of tars that were never a table), the usual names and a separator that no class contains. Raises
+    TypeError for what is no columns."""
+    if stored is None:
+        return Columns(separator=free_separator(classes))
+    if not all(isinstance(value, str) and value for value in stored.values()):
+        raise TypeError(f"columns: {stored}")
+    return Columns(**{"separator": " ", **stored})
 
 
 def open_index(dataset: Dataset, split: str) -> Index:
@@ -332,6 +350,7 @@ def write_dataset(dataset: Dataset) -> None:
         "classes": list(dataset.classes),
         "groups": {name: list(members) for name, members in dataset.groups.items()},
         "folds": dataset.folds,
+        "columns": asdict(dataset.columns),
         "splits": splits,
     }
     write_json(dataset.root / JSON_NAME, content)

@@ -9,14 +9,15 @@ import json
 import re
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
+from shards.cells import survives
 from shards.console import UserError, did_you_mean, listed, progress, say
 from shards.dataset import PACKER
 from shards.image import check_files
 from shards.split import stratified_folds
-from shards.table import Columns, Problems, Row, found_classes, read_classes, read_rows
+from shards.table import PREDICTION_ID, Columns, Problems, Row, found_classes, read_classes, read_rows
 from shards.tar import MAX_KEY
 from shards.workers import spread
 
@@ -48,13 +49,15 @@ class File:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything read from outside: rows per split, their files where they exist, and what is wrong so far."""
+    """Everything read from outside: rows per split, their files where they exist, and what is wrong
+    so far. `columns` have a separator."""
 
     classes: tuple[str, ...]
     groups: dict[str, tuple[str, ...]]
     rows: dict[str, list[Row]]
     files: dict[Row, File]
     problems: Problems
+    columns: Columns
     hash: str
 
 
@@ -82,11 +85,13 @@ def make_plan(args: Namespace) -> Plan:
     if rows.get("test") and rows["test"][0].labels is not None:
         say(f"{args.test_csv} has a column {columns.labels}: the test split keeps its labels")
     classes, groups = _classes(args, rows["train"], problems)
+    columns = replace(columns, separator=columns.separator or " ")
+    refuse_names(classes, columns)
     flat = [row for split in rows.values() for row in split]
-    _check_labels(flat, classes, columns.separator, problems)
+    _check_labels(flat, classes, problems)
     files = _files(flat, Path(args.images), problems)
     digest = _hash(args, [path for path in tables.values() if path], classes, groups, files)
-    return Plan(classes, groups, rows, files, problems, digest)
+    return Plan(classes, groups, rows, files, problems, columns, digest)
 
 
 def _classes(args: Namespace, train: Sequence[Row], problems: Problems) -> tuple[tuple[str, ...], dict]:
@@ -105,13 +110,20 @@ def _classes(args: Namespace, train: Sequence[Row], problems: Problems) -> tuple
     return classes, {}
 
 
-def _check_labels(rows: Iterable[Row], classes: Sequence[str], separator: str, problems: Problems) -> None:
+def refuse_names(classes: Sequence[str], columns: Columns) -> None:
+    """Raises UserError for a class that a submission or a prediction file could not name."""
+    for name in classes:
+        if name in (PREDICTION_ID, columns.labels, Columns.labels):
+            raise UserError(f"class {name!r} is called like a column of predictions and submissions; rename it")
+        if not survives(name, columns.separator):
+            raise UserError(
+                f"class {name!r} contains the label separator {columns.separator!r}, which stands between the labels "
+                "of a submission; choose another with --label-separator"
+            )
+
+
+def _check_labels(rows: Iterable[Row], classes: Sequence[str], problems: Problems) -> None:
     known = set(classes)
-    split = next((name for name in classes if (len(name.split()) > 1 if separator == " " else separator in name)), None)
-    if split is not None:
-        raise UserError(
-            f"class {split!r} contains the label separator {separator!r}; choose another with --label-separator"
-        )
     for row in rows:
         for label in row.labels or ():
             if label not in known:
@@ -161,6 +173,7 @@ def _find(images: Path, image_id: str) -> File | None:
 
 def _hash(args: Namespace, tables: Sequence[str], classes: Sequence[str], groups: dict, files: dict[Row, File]) -> str:
     flags = {name: getattr(args, name) for name in PLANNED_FLAGS}
+    flags["label_separator"] = args.label_separator or " "
     tables = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in tables]
     has = [args.val_csv is not None, args.test_csv is not None]
     digest = hashlib.sha256(json.dumps([PACKER, flags, tables, has, classes, groups], sort_keys=True).encode())

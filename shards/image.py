@@ -16,6 +16,7 @@ from shards.console import UserError
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG with a second picture behind it
 TO_PNG = ("BMP", "GIF", "TIFF")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 OPENED = ("JPEG", "PNG", "WEBP", *TO_PNG)  # Pillow finds out about MPO by itself
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 

@@ -16,6 +16,7 @@ from shards.cells import survives
 from shards.console import UserError, did_you_mean, listed, progress, say
 from shards.dataset import PACKER
 from shards.image import check_files
+from shards.image_folder import ImageFolder, refuse_other_folder
 from shards.split import stratified_folds
 from shards.table import PREDICTION_ID, Columns, Problems, Row, found_classes, read_classes, read_rows
 from shards.tar import MAX_KEY
@@ -89,7 +90,7 @@ def make_plan(args: Namespace) -> Plan:
     refuse_names(classes, columns)
     flat = [row for split in rows.values() for row in split]
     _check_labels(flat, classes, problems)
-    files = _files(flat, Path(args.images), problems)
+    files = _files(flat, Path(args.images), problems, args.skip_bad)
     digest = _hash(args, [path for path in tables.values() if path], classes, groups, files)
     return Plan(classes, groups, rows, files, problems, columns, digest)
 
@@ -131,25 +132,32 @@ def _check_labels(rows: Iterable[Row], classes: Sequence[str], problems: Problem
                 problems.add(row.source, row.line, f"label {label!r} is none of the {len(classes)} classes{hint}")
 
 
-def _files(rows: Iterable[Row], images: Path, problems: Problems) -> dict[Row, File]:
+def _files(rows: Sequence[Row], images: Path, problems: Problems, skip_bad: int) -> dict[Row, File]:
     if not images.is_dir():
         raise UserError(f"--images {images} is not a folder")
-    first: dict[str, Row] = {}
-    files = {}
+    folder = ImageFolder(images)
+    by_name: dict[str, Row] = {}
+    by_path: dict[Path, Row] = {}
+    files, missing = {}, []
     for row in rows:
         if not row.image_id:
             continue
-        before = first.setdefault(row.image_id, row)
-        if before is not row:
-            problems.add(
-                row.source, row.line, f"image {row.image_id!r} was already in {before.source} line {before.line}"
-            )
+        name = repr(row.image_id)
+        if (before := by_name.setdefault(row.image_id, row)) is not row:
+            text = f"image {name} was already in {before.source} line {before.line}"
         elif _leaves(row.image_id):
-            problems.add(row.source, row.line, f"image {row.image_id!r} is outside of {images}; name it relative to it")
-        elif (file := _find(images, row.image_id)) is None:
-            problems.add(row.source, row.line, f"image {row.image_id!r} is not in {images}")
+            text = f"image {name} is outside of {images}; name it relative to it"
+        elif (file := _file(folder.find(row.image_id))) is None:
+            missing.append(row.image_id)
+            text = f"image {name} is not in {images}"
+        elif (before := by_path.setdefault(file.path, row)) is not row:
+            text = f"image {name} is the same file as {before.image_id!r} in {before.source} line {before.line}"
         else:
             files[row] = file
+            continue
+        problems.add(row.source, row.line, text)
+    if len(missing) > skip_bad:
+        refuse_other_folder(images, missing, len(files))
     return files
 
 
@@ -158,17 +166,11 @@ def _leaves(image_id: str) -> bool:
     return image_id.startswith(("/", "\\")) or ".." in PurePosixPath(image_id.replace("\\", "/")).parts
 
 
-def _find(images: Path, image_id: str) -> File | None:
-    """The file of that name; many tables leave the extension away, so the usual ones are tried as well."""
-    for ext in ("", ".jpg", ".jpeg", ".png", ".webp"):
-        path = images / (image_id + ext)
-        try:
-            if path.is_file():
-                stat = path.stat()
-                return File(path, stat.st_size, stat.st_mtime_ns)
-        except (OSError, ValueError):  # a name too long, or with a zero byte
-            return None
-    return None
+def _file(path: Path | None) -> File | None:
+    if path is None:
+        return None
+    stat = path.stat()
+    return File(path, stat.st_size, stat.st_mtime_ns)
 
 
 def _hash(args: Namespace, tables: Sequence[str], classes: Sequence[str], groups: dict, files: dict[Row, File]) -> str:

@@ -12,9 +12,8 @@ from pathlib import Path
 
 from shards.console import UserError
 from shards.dataset import Dataset, Index
-from shards.image import BadImage
+from shards.image import IMAGE_SUFFIXES, BadImage
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 OPEN_FILES = 128  # shards kept open per process
 
 

@@ -19,14 +19,21 @@ from rich.console import Console
 from rich.table import Table
 
 from mlc.data.prediction_files import is_submission, write_probabilities, write_submission
-from mlc.data.prediction_stack import Stack, read_sets, read_stack, target_of_split, target_of_table
-from mlc.data.truth import read_labels
+from mlc.data.prediction_stack import (
+    Known,
+    Stack,
+    read_sets,
+    read_stack,
+    target_of_split,
+    target_of_table,
+)
+from mlc.data.truth import add_column_flags, given_columns, read_labels
 from mlc.metrics import combine, multilabel, thresholds
 from mlc.metrics.threshold_search import Metric
 from shards.console import Parser, UserError, did_you_mean, say
 from shards.dataset import load_dataset
 from shards.files import disk_errors, whole
-from shards.table import found_classes
+from shards.table import Columns, found_classes, read_classes
 
 METHODS = ("equal", "geometric", "rank", "tuned", "tuned-per-class", "greedy")
 TUNED = METHODS[3:]
@@ -63,7 +70,8 @@ def main(argv: list[str] | None = None) -> int:
         rule = tuned if options.threshold == "tuned" else rule
     if rule:
         written.append(_beside(out, "submission.csv"))
-        write_submission(written[-1], ids, classes, thresholds.apply(scores, rule, classes))
+        chosen = thresholds.apply(scores, rule, classes)
+        write_submission(written[-1], ids, classes, chosen, given_columns(options))
     say(f"{len(files)} files, {method}: {', '.join(map(str, written))}")
     return 0
 
@@ -161,15 +169,20 @@ def _rules(options: Namespace, files: Sequence[Path]) -> list[dict | None]:
 def _target(options: Namespace, stack: Stack) -> NDArray[np.bool_] | None:
     """[N, C] of the images of the stack; None where no truth is given."""
     if options.truth:
-        return target_of_table(stack, Path(options.truth))
+        return target_of_table(stack, Path(options.truth), given_columns(options))
     return target_of_split(stack, options.data, options.split) if options.data else None
 
 
-def _true_classes(options: Namespace) -> Sequence[str]:
-    """The classes of --data, or the labels in --truth; none without either."""
+def _known_classes(options: Namespace, columns: Columns) -> Known | None:
+    """Those of --data or --classes, else the labels in --truth; None without any."""
     if options.data:
-        return load_dataset(options.data).classes
-    return found_classes(row.labels for row in read_labels(Path(options.truth))) if options.truth else ()
+        return Known(load_dataset(options.data).classes, options.data)
+    if options.classes:
+        return Known(read_classes(Path(options.classes))[0], options.classes)
+    if not options.truth:
+        return None
+    labels = (row.labels for row in read_labels(Path(options.truth), columns))
+    return Known(found_classes(labels), options.truth, "; --classes FILE names those that none of its images has")
 
 
 # ---- probabilities ---------------------------------------------------------------------------------------------------
@@ -267,8 +280,10 @@ def _sets(options: Namespace, files: Sequence[Path], out: Path) -> int:
         raise UserError(f"--weights {options.weights} is for probabilities; a vote takes numbers, or equal")
     if options.threshold == "tuned":
         raise UserError("--threshold tuned is for a mean; tune each file by itself and give its thresholds here")
-    rules = [None if is_submission(file) else rule for file, rule in zip(files, _rules(options, files), strict=True)]
-    stack = read_sets(files, rules, _true_classes(options))
+    columns = given_columns(options)
+    pairs = zip(files, _rules(options, files), strict=True)
+    rules = [None if is_submission(file, columns) else rule for file, rule in pairs]
+    stack = read_sets(files, rules, columns, _known_classes(options, columns))
     target = _target(options, stack)
     equal = np.full(len(files), 1 / len(files))
     weights = equal if options.weights == "equal" else _numbers(options.weights, len(files))
@@ -279,7 +294,7 @@ def _sets(options: Namespace, files: Sequence[Path], out: Path) -> int:
         for name, sets in [*zip(_names(files), stack.values, strict=True), ("together", chosen)]:
             parts = {kind: multilabel.fbeta(sets, target, average=kind) for kind in ("samples", "micro", "macro")}
             print(f"{name}: " + ", ".join(f"f1_{kind} {value:.4f}" for kind, value in parts.items()))
-    write_submission(out, stack.ids.to_pylist(), stack.classes, chosen)
+    write_submission(out, stack.ids.to_pylist(), stack.classes, chosen, columns)
     say(f"{len(files)} label set{'s' * (len(files) > 1)}, {chosen.sum(1).mean():.2f} labels per image: {out}")
     return 0
 
@@ -365,6 +380,8 @@ def _parser() -> Parser:
     add("--data", help="packed data set with the true labels: a folder or a URL")
     add("--split", default="val", help="split of --data (default: val)")
     add("--truth", metavar="CSV", help="true labels, ImageID,Labels as `mlc pack` reads them")
+    add("--classes", metavar="YAML", help="classes of --vote and --union (default: of --data, else all labels found)")
+    add_column_flags(parser, "--truth and of submissions, read and written")
     add(
         "--metric",
         default="f1_samples",

@@ -17,7 +17,14 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from mlc.data.truth import Truth, probabilities_of, truth_of_split, truth_of_table
+from mlc.data.truth import (
+    Truth,
+    add_column_flags,
+    given_columns,
+    probabilities_of,
+    truth_of_split,
+    truth_of_table,
+)
 from mlc.metrics import thresholds
 from mlc.metrics.decision_rules import Setup, cross_fitted, fit, with_rest
 from mlc.metrics.multilabel import fbeta
@@ -25,7 +32,7 @@ from mlc.metrics.threshold_search import Metric
 from mlc.report import threshold_curves
 from shards.console import Parser, UserError, progress, say
 from shards.files import disk_errors, whole
-from shards.table import Columns, read_classes
+from shards.table import read_classes
 
 BEST = "best"  # --rule: the one with the best honest value
 
@@ -86,7 +93,7 @@ def _truth(options: Namespace) -> Truth:
     if options.data:
         return truth_of_split(options.data, options.split, where=options.where, fold=options.fold)
     classes, groups = read_classes(Path(options.classes)) if options.classes else (None, None)
-    columns = Columns(separator=options.label_separator)
+    columns = given_columns(options)
     return truth_of_table(Path(options.truth), columns, classes, groups, of=options.classes)
 
 
@@ -185,7 +192,7 @@ def _options(argv: list[str] | None) -> Namespace:
     add("--where", default="", help="only the rows for which this is true: n_labels > 1")
     add("--truth", metavar="CSV", help="true labels as `mlc pack` reads them, in place of --data")
     add("--classes", metavar="YAML", help="classes and groups of --truth (default: the labels found, no groups)")
-    add("--label-separator", default=" ", help="what stands between labels of --truth (any white space)")
+    add_column_flags(parser, "--truth")
     add("--metric", default="f1_samples", help="f1_samples, f2_micro, f0.5_macro: any beta (default: f1_samples)")
     add("--rule", choices=(BEST, *thresholds.RULES), default=BEST, help="only this one (default: the best of all)")
     add("--shrink", type=_number_from(0), default=20.0, help="weight of a class's own threshold: n / (n + this) (20)")
@@ -205,8 +212,6 @@ def _options(argv: list[str] | None) -> Namespace:
         raise UserError("--fold and --where choose rows of --data; --truth has none")
     if options.classes and options.data:
         raise UserError("--classes belongs to --truth; --data knows its classes")
-    if not options.label_separator:
-        raise UserError("--label-separator must not be empty")
     return options
 
 

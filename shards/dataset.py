@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -307,19 +307,24 @@ def _dataset(root: Path, data: dict[str, Any]) -> Dataset:
     }
     groups = {name: tuple(members) for name, members in data["groups"].items()}
     classes = tuple(data["classes"])
-    columns = columns_of(data.get("columns"), classes)
+    columns = columns_of(data.get("columns"), classes, root / JSON_NAME)
     return Dataset(root, classes, groups, data["folds"], splits, columns=columns)
 
 
-def columns_of(stored: Mapping[str, str] | None, classes: Sequence[str]) -> Columns:
+def columns_of(stored: Mapping[str, str] | None, classes: Sequence[str], source: Path | str) -> Columns:
     """What `dataset.json` or `config.json` says about tables. Where it says nothing (it is older, or
     of tars that were never a table), the usual names and a separator that no class contains. Raises
-    TypeError for what is no columns."""
+    UserError naming the source for what is no columns."""
     if stored is None:
         return Columns(separator=free_separator(classes))
-    if not all(isinstance(value, str) and value for value in stored.values()):
-        raise TypeError(f"columns: {stored}")
+    known = {field.name for field in fields(Columns)}
+    if not isinstance(stored, dict) or not {*stored} <= known or not all(map(_is_name, stored.values())):
+        raise UserError(f"{source}: columns must be names for {', '.join(sorted(known))}, not {stored}")
     return Columns(**{"separator": " ", **stored})
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
 
 
 def open_index(dataset: Dataset, split: str) -> Index:

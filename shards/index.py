@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     before = _existing(root, args.split)
     scans = _scan_all(expand(args.urls), args.workers)
     classes, groups_of = _classes(args.classes, before, scans)
-    columns = before.columns if before else columns_of(None, classes)
+    columns = before.columns if before else columns_of(None, classes, root)
     refuse_names(classes, columns)
     split = _write(root, args.split, scans, _columns(scans, classes))
     splits = {**(before.splits if before else {}), args.split: split}

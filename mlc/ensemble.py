@@ -351,9 +351,9 @@ def _parser() -> Parser:
         "  mlc ensemble a.csv b.csv --weights 0.901,0.885 --out mean.csv --threshold 0.5\n"
         "  mlc ensemble a-oof.csv b-oof.csv --weights tuned --compare --data DIR --split train --out oof.csv\n"
         "  mlc ensemble a.csv b.csv --weights oof-weights.json --threshold oof-thresholds.json --out test.csv\n"
-        "  mlc ensemble --vote s1.csv s2.csv s3.csv --weights 0.90125,0.9009,0.885 --out submission.csv\n"
-        "  mlc ensemble --vote stack/test.csv --threshold stack/thresholds.json --out submission.csv\n"
-        "  mlc ensemble --union image.csv text.csv --threshold 0.8,0.4 --out submission.csv",
+        "  mlc ensemble --vote s1.csv s2.csv s3.csv --weights 0.90125,0.9009,0.885 --out test-submission.csv\n"
+        "  mlc ensemble --vote stack/test.csv --threshold stack/thresholds.json --out test-submission.csv\n"
+        "  mlc ensemble --union image.csv text.csv --threshold 0.8,0.4 --out test-submission.csv",
     )
     add = parser.add_argument
     add(

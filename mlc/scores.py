@@ -240,7 +240,7 @@ def _parser() -> Parser:
         epilog="examples:\n"
         "  mlc eval oof.csv train.csv --bootstrap 1000\n"
         "  mlc eval a.csv --data data/demo-shards --split val --against b.csv\n"
-        "  mlc eval submission.csv truth.csv --json\n"
+        "  mlc eval test-submission.csv truth.csv --json\n"
         "  mlc eval --run runs/demo --data data/demo-shards --split val --bootstrap 1000",
     )
     parser.add_argument("pred", help="predictions (.csv, .arrow: ImageID and a column per class) or a submission")

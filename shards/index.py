@@ -178,7 +178,7 @@ def read_sidecar(file: BinaryIO, group: Group) -> Sidecar:
     for ext in ("json", "cls", "txt"):
         if ext in group.members:
             try:
-                texts[ext] = _read(file, group.members[ext]).decode("utf-8-sig")
+                texts[ext] = _read(file, group.members[ext]).decode("utf-8").lstrip(BOM)
             except UnicodeDecodeError:
                 raise UserError(f"{group.members[ext].name} is not UTF-8 text") from None
     try:
@@ -187,7 +187,7 @@ def read_sidecar(file: BinaryIO, group: Group) -> Sidecar:
         raise UserError(f"{group.key}.json is not JSON: {error}") from None
     content = content if isinstance(content, dict) else {}
     image_id, caption = content.get("image_id", group.key), content.get("caption")
-    text = texts.get("txt", caption.removeprefix(BOM) if isinstance(caption, str) else "")
+    text = texts.get("txt", caption.lstrip(BOM) if isinstance(caption, str) else "")
     return Sidecar(str(image_id), _labels(group.key, content, texts.get("cls")), text)
 
 

@@ -91,7 +91,7 @@ def read_rows(path: Path, columns: Columns, problems: Problems, *, need_labels: 
         if len(record) != len(header):
             problems.add(str(path), line, f"{len(record)} fields where the header has {len(header)}; {QUOTES_HELP}")
             continue
-        record = [field.removeprefix(BOM) for field in record]
+        record = [field.lstrip(BOM) for field in record]
         rows.append(_row(path, line, record, where, columns, problems))
         if "labels" in where and columns.separator is None:
             cells.append(record[where["labels"]])
@@ -162,7 +162,7 @@ def _text(path: Path) -> str:
 
 def _find_columns(path: Path, header: Sequence[str], columns: Columns, *, need_labels: bool) -> dict[str, int]:
     """Position by role. Raises UserError naming the columns that exist."""
-    names = [name.removeprefix(BOM).strip() for name in header]
+    names = [name.lstrip(BOM).strip() for name in header]
     wanted = {role: getattr(columns, role) for role in ("image_id", "labels", "caption", "weight")}
     required = ("image_id", "labels") if need_labels else ("image_id",)
     defaults = Columns()

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from shards.cells import nfc
 from shards.console import UserError, did_you_mean
 from shards.dataset import Index
 from shards.table import LONGEST
@@ -156,10 +157,10 @@ class _Condition:
         return COMPARISONS[type(op)](self._value(left), self._value(right))
 
     def _has_class(self, node: ast.expr) -> pc.Expression:
-        name = self._constant(node)
-        if name not in self._classes:
+        name, known = self._constant(node), [nfc(name) for name in self._classes]
+        if not isinstance(name, str) or nfc(name) not in known:
             raise UserError(f"--where {self.text}: no class {name!r}{did_you_mean(str(name), self._classes)}")
-        column = self._classes.index(name)
+        column = known.index(nfc(name))
         self.class_columns[f"class {column}"] = column
         return pc.field(f"class {column}")
 
@@ -197,8 +198,8 @@ class _Condition:
 
 
 def read_names(file: Path, id_column: str = "ImageID") -> list[str]:
-    """Image ids or keys: a CSV's column ImageID, image_id, key or `id_column` (the first it has), or else one name a
-    line."""
+    """Image ids or keys: a CSV's column ImageID, image_id, key or `id_column` (the first it has), or
+    else one name a line."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -31,7 +31,7 @@ from mlc.data.truth import add_column_flags, given_columns, read_labels
 from mlc.metrics import combine, multilabel, thresholds
 from mlc.metrics.threshold_search import Metric
 from shards.console import Parser, UserError, did_you_mean, say
-from shards.dataset import load_dataset
+from shards.dataset import load_dataset, open_index
 from shards.files import disk_errors, whole
 from shards.table import Columns, found_classes, read_classes
 
@@ -167,10 +167,16 @@ def _rules(options: Namespace, files: Sequence[Path]) -> list[dict | None]:
 
 
 def _target(options: Namespace, stack: Stack) -> NDArray[np.bool_] | None:
-    """[N, C] of the images of the stack; None where no truth is given."""
+    """[N, C] of the images of the stack; None where no truth is given, or none is needed of a split without labels,
+    whose data set then only says how a submission is written."""
     if options.truth:
         return target_of_table(stack, Path(options.truth), given_columns(options))
-    return target_of_split(stack, options.data, options.split) if options.data else None
+    if not options.data:
+        return None
+    needed = options.compare or options.threshold == "tuned" or options.weights in TUNED
+    if not needed and not open_index(load_dataset(options.data), options.split).has_labels:
+        return None
+    return target_of_split(stack, options.data, options.split)
 
 
 def _known_classes(options: Namespace, columns: Columns) -> Known | None:
@@ -352,7 +358,8 @@ def _parser() -> Parser:
         "  mlc ensemble a-oof.csv b-oof.csv --weights tuned --compare --data DIR --split train --out oof.csv\n"
         "  mlc ensemble a.csv b.csv --weights oof-weights.json --threshold oof-thresholds.json --out test.csv\n"
         "  mlc ensemble --vote s1.csv s2.csv s3.csv --weights 0.90125,0.9009,0.885 --out test-submission.csv\n"
-        "  mlc ensemble --vote stack/test.csv --threshold stack/thresholds.json --out test-submission.csv\n"
+        "  mlc ensemble --vote stack/test.csv --threshold stack/thresholds.json --data DIR --split test \\\n"
+        "      --out test-submission.csv\n"
         "  mlc ensemble --union image.csv text.csv --threshold 0.8,0.4 --out test-submission.csv",
     )
     add = parser.add_argument
@@ -377,8 +384,8 @@ def _parser() -> Parser:
         help="write a submission: a number, a thresholds.json, or tuned (on the truth); with --vote and --union one "
         "for each file of probabilities, comma-separated, or one for all",
     )
-    add("--data", help="packed data set with the true labels: a folder or a URL")
-    add("--split", default="val", help="split of --data (default: val)")
+    add("--data", help="packed data set (folder or URL) with the true labels and the columns of submissions")
+    add("--split", default="val", help="split of --data (default: val); one without labels gives no scores")
     add("--truth", metavar="CSV", help="true labels, ImageID,Labels as `mlc pack` reads them")
     add("--classes", metavar="YAML", help="classes of --vote and --union (default: of --data, else all labels found)")
     add_column_flags(parser, "--truth and of submissions, read and written")

@@ -170,7 +170,8 @@ def _find_columns(path: Path, header: Sequence[str], columns: Columns, *, need_l
         flag = f"--{role.replace('image_', '')}-column"
         if names.count(name) > 1:
             raise UserError(f"{path} has {names.count(name)} columns called {name!r}; rename one")
-        if name not in names and (role in required or name != getattr(defaults, role)):
+        named = role != "labels" and name != getattr(defaults, role)  # labels are not for every table
+        if name not in names and (role in required or named):
             same = [other for other in names if other.lower() == name.lower()]
             raise UserError(
                 f"{path} has no column {name!r}, it has: {', '.join(names)}"

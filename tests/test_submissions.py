@@ -27,11 +27,13 @@ def world(tmp_path, monkeypatch):
     """data, a packed data set; perfect.csv, a submission; truth.csv and usual.csv, the same with the usual columns."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "raw").mkdir()
-    for number, name in enumerate(IDS):
+    for number, name in enumerate([*IDS, "t.jpg"]):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / "raw" / name)
     rows = [[name, "|".join(labels)] for name, labels in zip(IDS, SETS, strict=True)]
     write_csv(tmp_path / "raw" / "train.csv", ["id", "finding"], rows)
-    assert pack.main(["--csv", "raw/train.csv", "--images", "raw", "--out", "data", "-j1", *FLAGS]) == 0
+    write_csv(tmp_path / "raw" / "test.csv", ["id"], [["t.jpg"]])
+    tables = ["--csv", "raw/train.csv", "--test-csv", "raw/test.csv", "--images", "raw"]
+    assert pack.main([*tables, "--out", "data", "-j1", *FLAGS]) == 0
     columns = load_dataset("data").columns
     write_submission(tmp_path / "perfect.csv", IDS[::-1], CLASSES, TARGET[::-1], columns)
     for name in ("truth.csv", "usual.csv"):
@@ -65,7 +67,9 @@ def test_a_perfect_submission_is_perfect(world, capsys, argv):
     assert found["f1_macro"] == 1 and [row["name"] for row in found["classes"]] == list(CLASSES)
 
 
-@pytest.mark.parametrize("flags", [["--data", "data", "--split", "train"], FLAGS])
+@pytest.mark.parametrize(
+    "flags", [["--data", "data", "--split", "train"], ["--data", "data", "--split", "test"], FLAGS]
+)
 def test_a_vote_keeps_the_names(world, flags):
     vote = ["--vote", "perfect.csv", "again.csv", *flags, "--out", "vote.csv"]
     (world / "again.csv").write_text((world / "perfect.csv").read_text())
@@ -103,6 +107,8 @@ def test_other_columns_are_named_by_flags(world, capsys):
     assert "named twice" in found
     found = said(capsys, ensemble, "--vote", "perfect.csv", "raw/train.csv", "--out", "x.csv")
     assert "--id-column and --labels-column name their columns" in found
+    unlabelled = ["--data", "data", "--split", "test", "--compare", "--out", "x.csv"]
+    assert "has no labels" in said(capsys, ensemble, "--vote", "perfect.csv", "raw/train.csv", *unlabelled)
     found = said(capsys, ensemble, "--vote", "usual.csv", "truth.csv", "--out", "x.csv")
     assert "give --label-separator '|'" in found
 

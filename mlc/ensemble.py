@@ -167,8 +167,8 @@ def _rules(options: Namespace, files: Sequence[Path]) -> list[dict | None]:
 
 
 def _target(options: Namespace, stack: Stack) -> NDArray[np.bool_] | None:
-    """[N, C] of the images of the stack; None where no truth is given, or none is needed of a split without labels,
-    whose data set then only says how a submission is written."""
+    """[N, C] of the images of the stack. None where no truth is given, or the split has no labels and
+    none are needed: then the data set only says how a submission is written."""
     if options.truth:
         return target_of_table(stack, Path(options.truth), given_columns(options))
     if not options.data:

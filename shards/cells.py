@@ -1,7 +1,8 @@
-"""The cell of a table that holds labels: names between separators, or a list as pandas and JSON write it.
+"""A cell of labels in a table: names between separators, or a list as Python and JSON write it.
 
-A cell that is taken apart in the wrong way is an error to nobody: `cat|dog` is one more class, and the model learns it.
-So a table whose cells look as if they were meant otherwise is refused, unless its owner says what separates the labels.
+A cell that is split in the wrong way is an error to nobody: `cat|dog` is one more class, and the
+model learns it. So a table whose cells look as if they were meant otherwise is refused, unless its
+owner says what separates the labels.
 """
 
 import ast
@@ -22,13 +23,13 @@ LIST = re.compile(rf"\[\s*(?:(?:{ITEM.pattern})\s*(?:,\s*(?:{ITEM.pattern})\s*)*
 
 
 def nfc(text: str) -> str:
-    """One spelling of names that look alike: `é` may be one code point, or two (as in file names of macOS)."""
+    """One spelling of names that look alike: `é` may be one code point, or two as on macOS."""
     return unicodedata.normalize("NFC", text)
 
 
 def split_labels(text: str, separator: str | None) -> tuple[str, ...]:
-    """The labels of one cell, in NFC: the items of a Python or JSON list, whatever the separator; else " " (or None)
-    splits at any white space, another separator also trims around the labels."""
+    """The labels of one cell, in NFC: the items of a Python or JSON list, whatever the separator; else
+    " " (or None) splits at any white space, another separator also trims around the labels."""
     text = nfc(text)
     parts = listed_labels(text)
     if parts is None:
@@ -65,7 +66,7 @@ def _item(text: str) -> str:
 
 def survives(name: str, separator: str) -> bool:
     """Whether a class of that name is read from a cell as it was written into it."""
-    return split_labels(name, separator) == (name,)
+    return split_labels(name, separator) == (nfc(name),)
 
 
 def free_separator(classes: Sequence[str]) -> str:
@@ -75,8 +76,8 @@ def free_separator(classes: Sequence[str]) -> str:
 
 
 def check_separator(path: Path, column: str, cells: Iterable[str]) -> None:
-    """Raises UserError where nobody has named a separator, and most cells look as if they had another one than white
-    space, or are in brackets or quotes and no list."""
+    """For cells whose separator nobody has named: raises UserError where most look as if they had
+    another one than white space, or are in brackets or quotes and no list."""
     filled = [text for cell in cells if (text := cell.strip()) and listed_labels(text) is None]
     odd = [text for text in filled if len(text) > 1 and ENDS.get(text[0]) == text[-1]]
     if 2 * len(odd) > len(filled):
@@ -98,7 +99,7 @@ def check_separator(path: Path, column: str, cells: Iterable[str]) -> None:
 
 
 def _shared(cells: Sequence[str], sign: str) -> bool:
-    """Whether the parts of such labels are labels of other images: then there are fewer once they are split."""
+    """Whether the parts of such labels are labels of other images: split, there are fewer of them."""
     labels = _classes(cells, None)
     return len(_classes(labels, sign)) < len(labels)
 

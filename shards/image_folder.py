@@ -1,7 +1,7 @@
 """The files that a table means by its names.
 
-Tables come from other machines than the images: without the extension, with `.jpg` for a file `.JPG`, or with the other
-of the two ways to write an `é`, which look the same to everybody but a file system.
+Tables come from other machines than the images: without the extension, with `.jpg` for a file
+`.JPG`, or with the other of the two ways to write an `é`, which only a file system tells apart.
 """
 
 import os
@@ -18,15 +18,15 @@ FOLDERS = 1000  # and in how many folders, at most
 
 
 class ImageFolder:
-    """Finds images below `root` by name; folders are listed once, when a name is not there as it stands."""
+    """Finds images below `root` by name; a folder is listed once, when a name is not in it as it stands."""
 
     def __init__(self, root: Path):
         self.root = root
         self._listed: dict[Path, dict[str, str]] = {}
 
     def find(self, image_id: str) -> Path | None:
-        """The file of that name, else the one that differs from it in the case of its extension, in having one (in the
-        order of IMAGE_SUFFIXES), or in Unicode's form. None where there is no such file, or the name is none."""
+        """The file of that name, else the one that differs from it in the case of its extension, in
+        having one (in the order of IMAGE_SUFFIXES), or in Unicode's form; None without such a file."""
         try:
             path = self.root / image_id
             return path if path.is_file() else self._alike(PurePosixPath(image_id).parts)
@@ -58,7 +58,8 @@ def _key(name: str) -> str:
 
 
 def refuse_other_folder(images: Path, missing: Sequence[str], found: int) -> None:
-    """Raises UserError, naming the folder that has them, where (nearly) all of a table's images are missing."""
+    """Raises UserError where (nearly) all of a table's images are missing; it names the folder near by
+    that has them. `found`: how many are there."""
     total = len(missing) + found
     if not missing or found * HARDLY >= total:
         return

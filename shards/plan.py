@@ -118,8 +118,8 @@ def refuse_names(classes: Sequence[str], columns: Columns) -> None:
             raise UserError(f"class {name!r} is called like a column of predictions and submissions; rename it")
         if not survives(name, columns.separator):
             raise UserError(
-                f"class {name!r} contains the label separator {columns.separator!r}, which stands between the labels "
-                "of a submission; choose another with --label-separator"
+                f"class {name!r} contains the label separator {columns.separator!r} or looks like a list, so "
+                "that no submission can name it; choose another with --label-separator, or rename it"
             )
 
 

@@ -30,8 +30,8 @@ def is_prediction_file(name: str) -> bool:
 
 
 def submission_columns(file: Path, columns: Columns = USUAL) -> Columns | None:
-    """How a submission is written: with the given columns, or else with the usual ones. None for any other file, such
-    as probabilities. Raises UserError."""
+    """How a submission is written: with the given columns, or else with the usual ones. None for any
+    other file, such as probabilities. Raises UserError."""
     header = read_header(file) if file.suffix.lower() == ".csv" else ()
     ways = (columns, USUAL)
     return next((way for way in ways if way.image_id in header and way.labels in header), None)
@@ -111,7 +111,7 @@ def _read_arrow(file: Path, classes: Sequence[str]) -> pa.Table:
 
 
 def _columns(file: Path, names: Sequence[str], classes: Sequence[str]) -> list[str]:
-    """What the file calls the image and these classes: the same names, in this or the other form of Unicode."""
+    """What the file calls the image and these classes: the same names, in either form of Unicode."""
     if PREDICTION_ID not in names:
         raise UserError(
             f"{file}: no column {PREDICTION_ID}, so these are no predictions; `mlc predict --split train` makes them"
@@ -198,16 +198,17 @@ def write_submission(
     predicted: np.ndarray,
     columns: Columns = USUAL,
 ) -> None:
-    """The predicted classes of each image as the tables of the data set have them: `ImageID,Labels`, joined by blanks,
-    unless `columns` say otherwise. Raises UserError as `separator_of`."""
+    """The predicted classes [N, C] of each image as the tables of the data set have them:
+    `ImageID,Labels`, joined by blanks, unless `columns` say otherwise. Raises UserError as
+    `separator_of`."""
     separator = separator_of(columns, classes)
     labels = (separator.join(classes[c] for c in np.flatnonzero(row)) for row in predicted)
     write_csv(path, [columns.image_id, columns.labels], zip(ids, labels, strict=True))
 
 
 def separator_of(columns: Columns, classes: Sequence[str]) -> str:
-    """What stands between the labels of a submission. Raises UserError where a class contains it, and nobody could read
-    the class again; where none is named it is one that no class contains."""
+    """What stands between the labels of a submission; where none is named, one that no class contains.
+    Raises UserError where a class contains it, so that nobody could read the class again."""
     if columns.separator is None:
         separator = free_separator(classes)
         if separator != " ":

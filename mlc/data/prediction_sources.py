@@ -17,7 +17,7 @@ NOTE = "sources.json"
 
 
 def of_split(dataset: Dataset, split: str) -> dict[str, str]:
-    """The same data set is known by what is in it, or, when its labels have been corrected, by where it is."""
+    """The same data set is known by what is in it or, once its labels are corrected, by where it is."""
     where = dataset.url or str(dataset.root.resolve())
     return {"of": f"the split {split!r} of {where}", "data": f"{dataset.fingerprint}/{split}"}
 

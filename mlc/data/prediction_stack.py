@@ -36,7 +36,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class Known:
-    """The classes that there are, the file that says so, and how to `fix` a label that is none of them."""
+    """The classes there are, the file that says so, and how to `fix` a label that is none of them."""
 
     classes: tuple[str, ...]
     source: Path | str

@@ -32,8 +32,9 @@ FIX = "predict all of them, or let the truth have fewer (of --data by --fold or 
 
 @dataclass(frozen=True)
 class Truth:
-    """The labels of N images: `ids` large_string [N] unique, `target` bool [N, C]; `groups` {name: columns}; `columns`
-    of its tables and of submissions. For people are `source`, and `fix` for a label that is no class."""
+    """The labels of N images: `ids` large_string [N] unique, `target` bool [N, C]; `groups` {name:
+    columns}; `columns` of its tables and of submissions. For people are `source`, and `fix` for a
+    label that is no class."""
 
     source: str
     ids: pa.Array
@@ -163,7 +164,7 @@ def read_labels(file: Path, columns: Columns = USUAL) -> list[Row]:
 
 
 def read_submission(file: Path, columns: Columns) -> list[Row]:
-    """The rows of a file with label sets, written with these columns or with the usual ones. Raises UserError."""
+    """The rows of a submission, written with these columns or with the usual ones. Raises UserError."""
     return read_labels(file, submission_columns(file, columns) or columns)
 
 
@@ -198,8 +199,8 @@ def multi_hot(
     of: Path | str | None = "the predictions",
     fix: str = "",
 ) -> NDArray[np.bool_]:
-    """[N, C]. Raises UserError naming the line of a label that is none of the classes, which are those `of` a file, and
-    how to `fix` it."""
+    """[N, C]. Raises UserError naming the line of a label that is none of the classes, which are those
+    `of` a file, and how to `fix` it."""
     column = {nfc(name): number for number, name in enumerate(classes)}
     target = np.zeros((len(rows), len(classes)), bool)
     for place, row in enumerate(rows):

@@ -57,6 +57,7 @@ def test_what_may_be_a_name_is_left_alone(cells):
 def test_a_separator_that_no_class_contains():
     assert free_separator(["a", "b"]) == " "
     assert free_separator(["No Finding", "a|b"]) == ";"
+    assert free_separator(["cafe\u0301"]) == " "
 
 
 def test_a_table_is_packed_only_as_it_is_meant(tmp_path, capsys):

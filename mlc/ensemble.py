@@ -19,16 +19,23 @@ from rich.console import Console
 from rich.table import Table
 
 from mlc.data.prediction_files import is_submission, write_probabilities, write_submission
-from mlc.data.prediction_stack import Stack, read_sets, read_stack, target_of_split, target_of_table
-from mlc.data.truth import read_labels
+from mlc.data.prediction_stack import (
+    Known,
+    Stack,
+    read_sets,
+    read_stack,
+    target_of_split,
+    target_of_table,
+)
+from mlc.data.truth import add_column_flags, given_columns, read_labels
 from mlc.metrics import combine, multilabel, thresholds
 from mlc.metrics.threshold_search import Metric
 from mlc.scores import add_zero_division
 from shards.console import Parser, UserError, did_you_mean, plural, say
-from shards.dataset import load_dataset
+from shards.dataset import load_dataset, open_index
 from shards.files import disk_errors, whole
 from shards.json_text import to_json
-from shards.table import found_classes
+from shards.table import Columns, found_classes, read_classes
 
 METHODS = ("equal", "geometric", "rank", "tuned", "tuned-per-class", "greedy")
 TUNED = METHODS[3:]
@@ -67,7 +74,8 @@ def main(argv: list[str] | None = None) -> int:
         rule = tuned if options.threshold == "tuned" else rule
     if rule:
         written.append(_beside(out, "submission.csv"))
-        write_submission(written[-1], ids, classes, thresholds.apply(scores, rule, classes))
+        chosen = thresholds.apply(scores, rule, classes)
+        write_submission(written[-1], ids, classes, chosen, given_columns(options))
     say(f"{len(files)} files, {method}: {', '.join(map(str, written))}")
     return 0
 
@@ -163,17 +171,28 @@ def _rules(options: Namespace, files: Sequence[Path]) -> list[dict | None]:
 
 
 def _target(options: Namespace, stack: Stack) -> NDArray[np.bool_] | None:
-    """[N, C] of the images of the stack; None where no truth is given."""
+    """[N, C] of the images of the stack. None where no truth is given, or the split has no labels and
+    none are needed: then the data set only says how a submission is written."""
     if options.truth:
-        return target_of_table(stack, Path(options.truth))
-    return target_of_split(stack, options.data, options.split) if options.data else None
+        return target_of_table(stack, Path(options.truth), given_columns(options))
+    if not options.data:
+        return None
+    needed = options.compare or options.threshold == "tuned" or options.weights in TUNED
+    if not needed and not open_index(load_dataset(options.data), options.split).has_labels:
+        return None
+    return target_of_split(stack, options.data, options.split)
 
 
-def _true_classes(options: Namespace) -> Sequence[str]:
-    """The classes of --data, or the labels in --truth; none without either."""
+def _known_classes(options: Namespace, columns: Columns) -> Known | None:
+    """Those of --data or --classes, else the labels in --truth; None without any."""
     if options.data:
-        return load_dataset(options.data).classes
-    return found_classes(row.labels for row in read_labels(Path(options.truth))) if options.truth else ()
+        return Known(load_dataset(options.data).classes, options.data)
+    if options.classes:
+        return Known(read_classes(Path(options.classes))[0], options.classes)
+    if not options.truth:
+        return None
+    labels = (row.labels for row in read_labels(Path(options.truth), columns))
+    return Known(found_classes(labels), options.truth, "; --classes FILE names those that none of its images has")
 
 
 # ---- probabilities ---------------------------------------------------------------------------------------------------
@@ -274,8 +293,10 @@ def _sets(options: Namespace, files: Sequence[Path], out: Path) -> int:
         raise UserError(f"--weights {options.weights} is for probabilities; a vote takes numbers, or equal")
     if options.threshold == "tuned":
         raise UserError("--threshold tuned is for a mean; tune each file by itself and give its thresholds here")
-    rules = [None if is_submission(file) else rule for file, rule in zip(files, _rules(options, files), strict=True)]
-    stack = read_sets(files, rules, _true_classes(options))
+    columns = given_columns(options)
+    pairs = zip(files, _rules(options, files), strict=True)
+    rules = [None if is_submission(file, columns) else rule for file, rule in pairs]
+    stack = read_sets(files, rules, columns, _known_classes(options, columns))
     target = _target(options, stack)
     equal = np.full(len(files), 1 / len(files))
     weights = equal if options.weights == "equal" else _numbers(options.weights, len(files))
@@ -289,7 +310,7 @@ def _sets(options: Namespace, files: Sequence[Path], out: Path) -> int:
                 kind: multilabel.fbeta(sets, target, average=kind, **how) for kind in ("samples", "micro", "macro")
             }
             print(f"{name}: " + ", ".join(f"f1_{kind} {value:.4f}" for kind, value in parts.items()))
-    write_submission(out, stack.ids.to_pylist(), stack.classes, chosen)
+    write_submission(out, stack.ids.to_pylist(), stack.classes, chosen, columns)
     say(f"{plural(len(files), 'label set')}, {chosen.sum(1).mean():.2f} labels per image: {out}")
     return 0
 
@@ -347,9 +368,10 @@ def _parser() -> Parser:
         "  mlc ensemble a.csv b.csv --weights 0.901,0.885 --out mean.csv --threshold 0.5\n"
         "  mlc ensemble a-oof.csv b-oof.csv --weights tuned --compare --data DIR --split train --out oof.csv\n"
         "  mlc ensemble a.csv b.csv --weights oof-weights.json --threshold oof-thresholds.json --out test.csv\n"
-        "  mlc ensemble --vote s1.csv s2.csv s3.csv --weights 0.90125,0.9009,0.885 --out submission.csv\n"
-        "  mlc ensemble --vote stack/test.csv --threshold stack/thresholds.json --out submission.csv\n"
-        "  mlc ensemble --union image.csv text.csv --threshold 0.8,0.4 --out submission.csv",
+        "  mlc ensemble --vote s1.csv s2.csv s3.csv --weights 0.90125,0.9009,0.885 --out test-submission.csv\n"
+        "  mlc ensemble --vote stack/test.csv --threshold stack/thresholds.json --data DIR --split test \\\n"
+        "      --out test-submission.csv\n"
+        "  mlc ensemble --union image.csv text.csv --threshold 0.8,0.4 --out test-submission.csv",
     )
     add = parser.add_argument
     add(
@@ -373,9 +395,11 @@ def _parser() -> Parser:
         help="write a submission: a number, a thresholds.json, or tuned (on the truth); with --vote and --union one "
         "for each file of probabilities, comma-separated, or one for all",
     )
-    add("--data", help="packed data set with the true labels: a folder or a URL")
-    add("--split", default="val", help="split of --data (default: val)")
+    add("--data", help="packed data set (folder or URL) with the true labels and the columns of submissions")
+    add("--split", default="val", help="split of --data (default: val); one without labels gives no scores")
     add("--truth", metavar="CSV", help="true labels, ImageID,Labels as `mlc pack` reads them")
+    add("--classes", metavar="YAML", help="classes of --vote and --union (default: of --data, else all labels found)")
+    add_column_flags(parser, "--truth and of submissions, read and written")
     add(
         "--metric",
         default="f1_samples",

@@ -12,6 +12,7 @@ from mlc.batch_size import in_prediction
 from mlc.captions import captions_of
 from mlc.data.loader import readers
 from mlc.data.prediction_files import write_probabilities
+from mlc.data.prediction_sources import note, of_split, refuse_others
 from mlc.inference import tta_views
 from mlc.metrics import bootstrap, multilabel, thresholds
 from mlc.metrics.scorecard import Scorecard
@@ -45,6 +46,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(
             f"{options.data} has other classes than the run {options.run}; evaluate on the data it was trained for"
         )
+    folder, file = Path(options.run) / "predictions", f"{options.split}.csv"
+    source = of_split(dataset, options.split)
+    refuse_others(folder, [file], source, splits=False)
 
     begin = time.perf_counter()
     scores, seen = predict(
@@ -73,9 +77,9 @@ def main(argv: list[str] | None = None) -> None:
         if options.bootstrap:
             drawn = bootstrap.draws(len(card), options.bootstrap)
             results["intervals"] = {name: list(found) for name, found in bootstrap.intervals(card, drawn).items()}
-        folder = Path(options.run) / "predictions"
         ids = [reader.image_id(row) for row in rows]
-        write_probabilities(folder / f"{options.split}.csv", ids, dataset.classes, scores)
+        note(folder, [file], source)
+        write_probabilities(folder / file, ids, dataset.classes, scores)
         predicted = thresholds.apply(scores, rule, dataset.classes)
         contact_sheet(folder / f"{options.split}.png", reader, rows, predicted, dataset.classes)
         (folder / f"{options.split}.json").write_text(to_json(results, indent=1) + "\n")

@@ -1,10 +1,12 @@
 """Prediction: every sample once, whatever the number of processes, as a table of probabilities and a submission.
 
-`runs/NAME/predictions/SPLIT.csv` has `ImageID` and one probability per class, `submission.csv` beside it
-`ImageID,Labels`. Several runs share one pass over the data: reading and decoding often cost more than a model.
+`runs/NAME/predictions/SPLIT.csv` has `ImageID` and one probability per class, `SPLIT-submission.csv`
+beside it the labels, in the columns of the data set's tables. Several runs share one pass over the
+data: reading and decoding often cost more than a model.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,8 @@ from mlc.data.dataset import BadSamples, EvalDataset
 from mlc.data.features import Features, refuse_other_encoders
 from mlc.data.filters import select_rows
 from mlc.data.loader import readers
-from mlc.data.prediction_files import write_probabilities, write_submission
+from mlc.data.prediction_files import separator_of, write_probabilities, write_submission
+from mlc.data.prediction_sources import note, of_images, of_split, refuse_others
 from mlc.data.reader import FolderReader, TarReader
 from mlc.data.remote import open_reader
 from mlc.data.sources import open_split
@@ -24,9 +27,10 @@ from mlc.data.transforms import EvalTransform
 from mlc.inference import logits_of_rows, non_finite, probabilities, tta_views
 from mlc.metrics import thresholds
 from mlc.models.export import exported_crop, load_exported
-from mlc.parallel import launch
+from mlc.parallel import agree, launch
 from shards.console import Parser, UserError, plural, say
-from shards.dataset import Dataset, load_dataset
+from shards.dataset import Dataset, columns_of, load_dataset
+from shards.table import Columns
 
 
 @launch.peers()
@@ -52,8 +56,18 @@ def main(argv: list[str] | None = None, load: Callable[[], tuple[torch.nn.Module
     loaded = [load()] if load else [load_exported(folder) for folder in weights]
     classes = loaded[0][1]["label_names"]
     order = [_columns(run, info, options.run[0], classes) for run, (_, info) in zip(options.run, loaded, strict=True)]
-    reader, rows, name = _open(options, classes)
+    asked = _open(options, classes, loaded[0][1])
+    reader, rows, name = asked.reader, asked.rows, asked.name
     rule = _rule(options)
+
+    # ---- Where it goes, before anything is done for it
+    folder = Path(options.out or Path(options.run[0]) / "predictions")
+    mean, submission = folder / f"{name}.csv", folder / f"{name}-submission.csv"
+    single = [folder / f"{name}-{run}.csv" for run in names] if len(loaded) > 1 else []
+    files = [file.name for file in (*single, mean, submission)]
+    if submission in single:
+        raise UserError(f"--run {options.run[single.index(submission)]}: {submission} is taken; rename the run")
+    refuse_others(folder, files, asked.source)
 
     # ---- Predict
     scores = np.empty((len(loaded), len(rows), len(classes)), np.float32)
@@ -82,21 +96,18 @@ def main(argv: list[str] | None = None, load: Callable[[], tuple[torch.nn.Module
 
     # ---- Write
     if accelerator.is_main_process:
-        folder = Path(options.out or Path(options.run[0]) / "predictions")
+        note(folder, files, asked.source)
         ids = [reader.image_id(row) for row in rows]
-        if len(each) > 1:
-            for run, own in zip(names, each, strict=True):
-                write_probabilities(folder / f"{name}-{run}.csv", ids, classes, own)
+        if single:
+            for file, own in zip(single, each, strict=True):
+                write_probabilities(file, ids, classes, own)
             ways = f", since they see the samples in {len(passes)} ways" if len(passes) > 1 else ""
             say(f"{len(each)} runs in {plural(len(passes), 'pass', 'passes')} over the data{ways}; their mean:")
-        write_probabilities(folder / f"{name}.csv", ids, classes, scores)
-        write_submission(folder / "submission.csv", ids, classes, thresholds.apply(scores, rule, classes))
+        write_probabilities(mean, ids, classes, scores)
+        write_submission(submission, ids, classes, thresholds.apply(scores, rule, classes), asked.columns)
         if bad := int((~seen).sum()):
             say(f"{plural(bad, 'bad image')}: probability 0 for every class")
-        say(
-            f"{len(ids)} samples x {plural(len(views), 'view')}, {thresholds.describe(rule)}: "
-            f"{folder / f'{name}.csv'} and {folder / 'submission.csv'}"
-        )
+        say(f"{len(ids)} samples x {plural(len(views), 'view')}, {thresholds.describe(rule)}: {mean} and {submission}")
     accelerator.end_training()
 
 
@@ -192,16 +203,33 @@ def _passes(loaded: Sequence[tuple], weights: Sequence[Path] | None) -> Iterable
     return alike.values()
 
 
-def _open(options, classes: Sequence[str]) -> tuple[TarReader | FolderReader, np.ndarray, str]:
+@dataclass(frozen=True)
+class _Predicted:
+    """What is predicted: rows int64 [N] of a reader, its `name` for files, what it is (`source` of
+    mlc/data/prediction_sources.py), and how its tables name their columns."""
+
+    reader: TarReader | FolderReader
+    rows: np.ndarray
+    name: str
+    source: dict[str, str]
+    columns: Columns
+
+
+def _open(options, classes: Sequence[str], info: dict) -> _Predicted:
+    """Raises UserError also where a submission could not name one of the classes."""
     if options.images:
         if options.where or options.fold is not None:
             raise UserError("--fold and --where choose rows of --data; --images has none")
-        reader = FolderReader(options.images)
-        return reader, np.arange(len(reader)), reader.folder.resolve().name
+        reader = agree.from_first(lambda: FolderReader(options.images))  # files may come and go meanwhile
+        source = of_images(options.images)
+        columns = columns_of(info.get("mlc", {}).get("columns"), classes, f"{options.run[0]}: config.json")
+        separator_of(columns, classes)
+        return _Predicted(reader, np.arange(len(reader)), reader.folder.resolve().name, source, columns)
     dataset, reader, rows = open_rows(options)
     if list(dataset.classes) != list(classes):
         say(f"note: {options.data} has other classes than the run; the columns are the run's")
-    return reader, rows, options.split
+    separator_of(dataset.columns, classes)
+    return _Predicted(reader, rows, options.split, of_split(dataset, options.split), dataset.columns)
 
 
 def open_rows(options, *, labelled: bool = False) -> tuple[Dataset, TarReader, np.ndarray]:

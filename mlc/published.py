@@ -30,6 +30,7 @@ from mlc.parallel import launch
 from shards import pack
 from shards.console import Parser, UserError, say
 from shards.dataset import JSON_NAME, load_dataset
+from shards.image_folder import ImageFolder
 
 RECIPE = "comp5329-swin-l"
 TEXT_MODEL = "bert-base-uncased"  # its size is said, its case is not; --text-model is another, or its folder
@@ -351,7 +352,7 @@ def _images(data_dir: Path, table: Path) -> Path:
         rows = csv.reader(file)
         _, first = next(rows, None), next(rows, [""])
     for folder in IMAGES:
-        if first and (data_dir / folder / first[0]).is_file():
+        if first and ImageFolder(data_dir / folder).find(first[0]):
             return data_dir / folder
     places = ", ".join(str(data_dir / folder) for folder in IMAGES)
     raise UserError(f"{table}: its first image {(first or [''])[0]!r} is in none of {places}")

@@ -6,6 +6,7 @@ import argparse
 import math
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,20 @@ from rich.table import Table
 from rich.text import Text
 
 from mlc.data.prediction_files import class_columns, is_submission, write_probabilities
-from mlc.data.truth import Truth, labels_of, probabilities_of, read_labels, truth_of_split, truth_of_table
+from mlc.data.truth import (
+    Truth,
+    add_column_flags,
+    given_columns,
+    labels_of,
+    probabilities_of,
+    truth_of_split,
+    truth_of_table,
+)
 from mlc.metrics import bootstrap, calibration, multilabel, thresholds
 from mlc.metrics.scorecard import LOWER_IS_BETTER, Scorecard
 from shards.console import Parser, UserError, say, shown
 from shards.json_text import to_json
-from shards.table import Columns, found_classes
+from shards.table import Columns, read_classes
 
 AVERAGES = ("_samples", "_micro", "_macro", "_weighted")
 RATES = ("precision", "recall", "f1", "f2")
@@ -52,10 +61,11 @@ def main(argv: list[str] | None = None) -> int | None:
         return evaluate.main(argv)
     options = _parser().parse_args(argv)
     files = [Path(name) for name in (options.pred, options.against) if name]
-    submissions = [file for file in files if is_submission(file)]
+    columns = given_columns(options)
+    submissions = [file for file in files if is_submission(file, columns)]
     if submissions and options.calibrate:
         raise UserError(f"{submissions[0]} has label sets and no probabilities; there is nothing to calibrate")
-    truth = _truth(options, files)
+    truth = _truth(options, [file for file in files if file not in submissions], columns)
     rule = thresholds.rule_of(options.threshold)
     zero = zero_division(options, rule)
     answers = [_answer(file, truth, rule) for file in files]
@@ -110,26 +120,28 @@ def per_class(card: Scorecard, classes) -> list[dict[str, Any]]:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _truth(options, files: list[Path]) -> Truth:
+def _truth(options, predictions: list[Path], columns: Columns) -> Truth:
     if bool(options.truth) == bool(options.data):
         raise UserError(
             "give the truth once: a CSV after the predictions, or --data DIR --split S of a packed data set"
         )
     if options.data:
-        return truth_of_split(options.data, options.split, where=options.where, fold=options.fold)
+        if options.classes:
+            raise UserError("--classes belongs to TRUTH; --data knows its classes")
+        truth = truth_of_split(options.data, options.split, where=options.where, fold=options.fold)
+        return replace(truth, columns=columns)
     if options.where or options.fold is not None:
         raise UserError("--fold and --where choose rows of --data; TRUTH has none")
     table = Path(options.truth)
-    columns = Columns(options.id_column, options.labels_column, separator=options.label_separator)
-    if predictions := next((file for file in files if not is_submission(file)), None):
-        return truth_of_table(table, columns, class_columns(predictions), of=predictions)
-    rows = [*read_labels(table, columns), *(row for file in files for row in read_labels(file))]
-    return truth_of_table(table, columns, found_classes(row.labels for row in rows))  # whatever occurs
+    classes, groups = read_classes(Path(options.classes)) if options.classes else (None, None)
+    if predictions and not classes:
+        return truth_of_table(table, columns, class_columns(predictions[0]), of=predictions[0])
+    return truth_of_table(table, columns, classes, groups, of=options.classes)
 
 
 def _answer(file: Path, truth: Truth, rule: Mapping[str, Any]) -> tuple[np.ndarray | None, np.ndarray]:
     """(probabilities or None, decisions), [N, C] each."""
-    if is_submission(file):
+    if is_submission(file, truth.columns):
         return None, labels_of(file, truth)
     scores = probabilities_of([file], truth)
     return scores, thresholds.apply(scores, rule, truth.classes)
@@ -224,10 +236,10 @@ def _parser() -> Parser:
         epilog="examples:\n"
         "  mlc eval oof.csv train.csv --bootstrap 1000\n"
         "  mlc eval a.csv --data data/demo-shards --split val --against b.csv\n"
-        "  mlc eval submission.csv truth.csv --json\n"
+        "  mlc eval test-submission.csv truth.csv --json\n"
         "  mlc eval --run runs/demo --data data/demo-shards --split val --bootstrap 1000",
     )
-    parser.add_argument("pred", help="predictions (.csv, .arrow: ImageID and a column per class) or ImageID,Labels")
+    parser.add_argument("pred", help="predictions (.csv, .arrow: ImageID and a column per class) or a submission")
     parser.add_argument("truth", nargs="?", help="CSV with the true labels, as for `mlc pack`")
     parser.add_argument("--data", help="packed data set with the true labels, in place of TRUTH")
     parser.add_argument("--split", default="val", help="split of --data (default: val)")
@@ -246,9 +258,12 @@ def _parser() -> Parser:
     add_zero_division(parser, "that of the thresholds.json, else 0")
     parser.add_argument("--per-class", action="store_true", help="print a row per class as well")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    parser.add_argument("--id-column", default="ImageID", help="column of TRUTH (ImageID)")
-    parser.add_argument("--labels-column", default="Labels", help="column of TRUTH (Labels)")
-    parser.add_argument("--label-separator", default=" ", help="what stands between labels in TRUTH (any white space)")
+    parser.add_argument(
+        "--classes",
+        metavar="YAML",
+        help="classes and groups of TRUTH (default: those of the predictions; of submissions, the labels in TRUTH)",
+    )
+    add_column_flags(parser, "TRUTH and submissions")
     return parser
 
 

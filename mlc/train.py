@@ -8,7 +8,7 @@ therefore restores weights, optimizer state and that integer, and goes on as if 
 import gc
 import math
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -301,7 +301,7 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
             "std": std,
             "crop": config.val_crop,
             "crop_pct": config.crop_pct,
-            "extra": {"step": step, "data": sources.fingerprint}
+            "extra": {"step": step, "data": sources.fingerprint, "columns": asdict(dataset.columns)}
             | (reading.described(config) if reading else {})
             | (sources.features.described() if sources.features else {}),
         }

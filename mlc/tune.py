@@ -17,7 +17,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from mlc.data.truth import Truth, probabilities_of, truth_of_split, truth_of_table
+from mlc.data.truth import Truth, add_column_flags, given_columns, probabilities_of, truth_of_split, truth_of_table
 from mlc.metrics import multilabel, thresholds
 from mlc.metrics.decision_rules import Setup, cross_fitted, fit, with_rest
 from mlc.metrics.threshold_search import Metric
@@ -26,7 +26,7 @@ from mlc.scores import add_zero_division
 from shards.console import Parser, UserError, progress, say
 from shards.files import disk_errors, whole
 from shards.json_text import to_json
-from shards.table import Columns, read_classes
+from shards.table import read_classes
 
 BEST = "best"  # --rule: the one with the best honest value
 
@@ -89,7 +89,7 @@ def _truth(options: Namespace) -> Truth:
     if options.data:
         return truth_of_split(options.data, options.split, where=options.where, fold=options.fold)
     classes, groups = read_classes(Path(options.classes)) if options.classes else (None, None)
-    columns = Columns(separator=options.label_separator)
+    columns = given_columns(options)
     return truth_of_table(Path(options.truth), columns, classes, groups, of=options.classes)
 
 
@@ -195,7 +195,7 @@ def _options(argv: list[str] | None) -> Namespace:
     add("--where", default="", help="only the rows for which this is true: n_labels > 1")
     add("--truth", metavar="CSV", help="true labels as `mlc pack` reads them, in place of --data")
     add("--classes", metavar="YAML", help="classes and groups of --truth (default: the labels found, no groups)")
-    add("--label-separator", default=" ", help="what stands between labels of --truth (any white space)")
+    add_column_flags(parser, "--truth")
     add("--metric", default="f1_samples", help="f1_samples, f2_micro, f0.5_macro: any beta (default: f1_samples)")
     add_zero_division(parser, "that of the run, else 0")
     add("--rule", choices=(BEST, *thresholds.RULES), default=BEST, help="only this one (default: the best of all)")
@@ -216,8 +216,6 @@ def _options(argv: list[str] | None) -> Namespace:
         raise UserError("--fold and --where choose rows of --data; --truth has none")
     if options.classes and options.data:
         raise UserError("--classes belongs to --truth; --data knows its classes")
-    if not options.label_separator:
-        raise UserError("--label-separator must not be empty")
     return options
 
 

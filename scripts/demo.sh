@@ -52,7 +52,7 @@ cat <<'TEXT'
 Where to look:
   runs/demo/report.html                  open it in a browser: numbers, curves, classes, what it gets wrong, where it looks
   runs/demo/predictions/val.png          validation images with what was found, missed and wrongly predicted
-  runs/demo/predictions/submission.csv   the submission, and test.csv beside it with the probabilities
+  runs/demo/predictions/test-submission.csv   the submission, and test.csv beside it with the probabilities
   runs/demo/summary.csv                  one line per evaluation; log.jsonl has everything
   runs/demo/best/                        weights that plain timm loads
 TEXT

@@ -102,5 +102,6 @@ members=("${members[@]/%/-kfold}" "$OUT/4-tags")
 once "$OUT/5-stack/test.csv" mlc stack "${members[@]/%//oof.csv}" --test "${members[@]/%//test.csv}" --data "$DATA" --out "$OUT/5-stack"
 decide 5-stack
 
-once "$OUT/submission.csv" mlc ensemble --vote "$OUT/5-stack/test.csv" --threshold "$OUT/5-stack/thresholds.json" --out "$OUT/submission.csv"
+once "$OUT/test-submission.csv" mlc ensemble --vote "$OUT/5-stack/test.csv" --threshold "$OUT/5-stack/thresholds.json" \
+  --data "$DATA" --split test --out "$OUT/test-submission.csv"
 python "$(dirname "$0")/imet_table.py" "$OUT"

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ import numpy as np
 import pyarrow as pa
 
 from shards import urls
+from shards.cells import free_separator
 from shards.console import UserError, did_you_mean
 from shards.files import check_download
 from shards.json_text import to_json
+from shards.table import USUAL_COLUMNS, Columns
 
 FORMAT = "mlc-shards"
 VERSION = 1
@@ -68,7 +70,9 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What `dataset.json` says. `classes` are in column order, `groups` maps a group to its class names.
+    """What `dataset.json` says. `classes` are in column order, `groups` maps a group to its class
+    names, `columns` says how the tables that it was packed from name their columns and separate
+    labels: submissions are written the same way.
 
     A data set behind a URL has that as its `url`; `root` is then the local folder its indexes are copied to.
     """
@@ -79,6 +83,7 @@ class Dataset:
     folds: int
     splits: Mapping[str, Split]
     url: str = ""
+    columns: Columns = USUAL_COLUMNS
 
     @property
     def fingerprint(self) -> str:
@@ -305,7 +310,25 @@ def _dataset(root: Path, data: dict[str, Any]) -> Dataset:
         for name, split in data["splits"].items()
     }
     groups = {name: tuple(members) for name, members in data["groups"].items()}
-    return Dataset(root=root, classes=tuple(data["classes"]), groups=groups, folds=data["folds"], splits=splits)
+    classes = tuple(data["classes"])
+    columns = columns_of(data.get("columns"), classes, root / JSON_NAME)
+    return Dataset(root, classes, groups, data["folds"], splits, columns=columns)
+
+
+def columns_of(stored: Mapping[str, str] | None, classes: Sequence[str], source: Path | str) -> Columns:
+    """What `dataset.json` or `config.json` says about tables. Where it says nothing (it is older, or
+    of tars that were never a table), the usual names and a separator that no class contains. Raises
+    UserError naming the source for what is no columns."""
+    if stored is None:
+        return Columns(separator=free_separator(classes))
+    known = {field.name for field in fields(Columns)}
+    if not isinstance(stored, dict) or not {*stored} <= known or not all(map(_is_name, stored.values())):
+        raise UserError(f"{source}: columns must be names for {', '.join(sorted(known))}, not {stored}")
+    return Columns(**{"separator": " ", **stored})
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
 
 
 def open_index(dataset: Dataset, split: str) -> Index:
@@ -336,6 +359,7 @@ def write_dataset(dataset: Dataset) -> None:
         "classes": list(dataset.classes),
         "groups": {name: list(members) for name, members in dataset.groups.items()},
         "folds": dataset.folds,
+        "columns": asdict(dataset.columns),
         "splits": splits,
     }
     write_json(dataset.root / JSON_NAME, content)

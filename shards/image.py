@@ -20,6 +20,7 @@ from shards.files import download_problem
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a JPEG with a second picture behind it
 TO_PNG = ("BMP", "GIF", "TIFF")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 OPENED = ("JPEG", "PNG", "WEBP", *TO_PNG)  # Pillow finds out about MPO by itself
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 NOT_OURS = ("__MACOSX", "@eaDir")  # thumbnails and forks of macOS and network disks

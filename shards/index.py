@@ -16,10 +16,12 @@ from typing import BinaryIO
 
 from braceexpand import UnbalancedBracesError, braceexpand
 
+from shards.cells import nfc
 from shards.console import Parser, UserError, did_you_mean, listed, plural, progress, say
-from shards.dataset import JSON_NAME, Dataset, Shard, Split, load_dataset, write_dataset, write_index
+from shards.dataset import JSON_NAME, Dataset, Shard, Split, columns_of, load_dataset, write_dataset, write_index
 from shards.json_text import to_json
-from shards.table import found_classes, read_classes
+from shards.plan import refuse_names
+from shards.table import BOM, found_classes, read_classes
 from shards.tar import Group, Member, file_sha256, groups
 from shards.workers import default_workers, spread
 
@@ -64,9 +66,14 @@ def main(argv: list[str] | None = None) -> int:
     before = _existing(root, args.split)
     scans = _scan_all(expand(args.urls), args.workers)
     classes, groups_of = _classes(args.classes, before, scans)
+    columns = before.columns if before else columns_of(None, classes, root)
+    refuse_names(classes, columns)
     split = _write(root, args.split, scans, _columns(scans, classes))
     splits = {**(before.splits if before else {}), args.split: split}
-    write_dataset(Dataset(root, classes, groups_of, before.folds if before else 0, splits))
+    folds = before.folds if before else 0
+    write_dataset(Dataset(root, classes, groups_of, folds, splits, columns=columns))
+    if columns.separator != " ":
+        say(f"class names have blanks in them: submissions separate labels by {columns.separator!r}")
     _summary(args, split, classes, scans)
     return 0
 
@@ -166,7 +173,7 @@ def read_sidecar(file: BinaryIO, group: Group) -> Sidecar:
     for ext in ("json", "cls", "txt"):
         if ext in group.members:
             try:
-                texts[ext] = _read(file, group.members[ext]).decode("utf-8-sig")
+                texts[ext] = _read(file, group.members[ext]).decode("utf-8").lstrip(BOM)
             except UnicodeDecodeError:
                 raise UserError(f"{group.members[ext].name} is not UTF-8 text") from None
     try:
@@ -175,7 +182,7 @@ def read_sidecar(file: BinaryIO, group: Group) -> Sidecar:
         raise UserError(f"{group.key}.json is not JSON: {error}") from None
     content = content if isinstance(content, dict) else {}
     image_id, caption = content.get("image_id", group.key), content.get("caption")
-    text = texts.get("txt", caption if isinstance(caption, str) else "")
+    text = texts.get("txt", caption.lstrip(BOM) if isinstance(caption, str) else "")
     return Sidecar(str(image_id), _labels(group.key, content, texts.get("cls")), text)
 
 
@@ -240,7 +247,7 @@ def column_of(label: Label, position: dict[str, int]) -> int | None:
     """A label's class column, None where there is no such class; a number is a column, not a name."""
     if isinstance(label, int):
         return label if 0 <= label < len(position) else None
-    return position.get(label)
+    return position.get(label, position.get(nfc(label)))
 
 
 def _write(root: Path, name: str, scans: Sequence[Scan], columns: Sequence[list[int] | None]) -> Split:

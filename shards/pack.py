@@ -13,7 +13,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shards.console import Parser, UserError, progress, say
@@ -33,6 +33,7 @@ from shards.image import pack_file
 from shards.json_text import to_json
 from shards.plan import Plan, Sample, check_images, make_plan, settle
 from shards.stats import label_summary
+from shards.table import Columns
 from shards.tar import groups, write_tar
 from shards.workers import default_workers, spread
 
@@ -63,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     _restore(out, partial)
     if _is_packed(out, plan.hash, overwrite=args.overwrite):
         say(f"already packed: {args.out}")
+        _remember(out, plan.columns)
         if _noted(partial, plan.hash) is not None:  # killed after the last rename
             shutil.rmtree(partial, ignore_errors=True)
     else:
@@ -102,7 +104,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--labels-column", default="Labels", help="name of the column (Labels)")
     add("--caption-column", default="Caption", help="name of the column (Caption)")
     add("--weight-column", default="Weight", help="numbers for `--sampler weights:weight` of train.py (Weight)")
-    add("--label-separator", default=" ", help="what stands between labels (any white space)")
+    add("--label-separator", help="what stands between labels (any white space); lists ['a', 'b'] need none")
     add("--seed", type=_whole(0, 2**32 - 1), default=0, help="of the split and the folds")
     add("-j", "--workers", type=_whole(1), default=default_workers(), help="processes (all cores)")
     add("--overwrite", action="store_true", help="replace another pack at OUT, once the new one is complete")
@@ -112,7 +114,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--val-csv and --val-fraction exclude each other; choose one")
     if args.val_fraction is not None and not 0 < args.val_fraction < 1:
         parser.error("--val-fraction must lie between 0 and 1, such as 0.1")
-    if not args.label_separator:
+    if args.label_separator == "":
         parser.error("--label-separator must not be empty")
     return args
 
@@ -143,6 +145,13 @@ def _is_packed(out: Path, plan: str, *, overwrite: bool) -> bool:
                     f"{path} is missing or has another size than when it was packed; pack again with --overwrite"
                 )
     return True
+
+
+def _remember(out: Path, columns: Columns) -> None:
+    """A pack from before `dataset.json` knew them gets its columns."""
+    dataset = load_dataset(out)
+    if dataset.columns != columns:
+        write_dataset(replace(dataset, columns=columns))
 
 
 def _may_replace(out: Path, *, overwrite: bool) -> None:
@@ -247,7 +256,7 @@ def build(partial: Path, plan: Plan, samples: dict[str, list[Sample]], args: arg
         for _ in spread(write_shard, todo, min(args.workers, 1 + source_bytes // WORKER_BYTES)):
             advance()
     splits = {split: _write_split(partial / "pack", split, of_split) for split, of_split in tasks.items()}
-    dataset = Dataset(partial / "pack", plan.classes, plan.groups, args.folds, splits)
+    dataset = Dataset(partial / "pack", plan.classes, plan.groups, args.folds, splits, columns=plan.columns)
     write_companions(dataset)
     (dataset.root / PLAN_NAME).write_text(plan.hash)
     write_dataset(dataset)

@@ -8,15 +8,17 @@ import hashlib
 import re
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
+from shards.cells import survives
 from shards.console import UserError, did_you_mean, listed, plural, progress, say
 from shards.dataset import PACKER
 from shards.image import check_files
+from shards.image_folder import ImageFolder, refuse_other_folder
 from shards.json_text import to_json
 from shards.split import stratified_folds
-from shards.table import Columns, Problems, Row, found_classes, read_classes, read_rows
+from shards.table import PREDICTION_ID, Columns, Problems, Row, found_classes, read_classes, read_rows
 from shards.tar import MAX_KEY
 from shards.workers import spread
 
@@ -48,13 +50,15 @@ class File:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything read from outside: rows per split, their files where they exist, and what is wrong so far."""
+    """Everything read from outside: rows per split, their files where they exist, and what is wrong
+    so far. `columns` have a separator."""
 
     classes: tuple[str, ...]
     groups: dict[str, tuple[str, ...]]
     rows: dict[str, list[Row]]
     files: dict[Row, File]
     problems: Problems
+    columns: Columns
     hash: str
 
 
@@ -82,11 +86,13 @@ def make_plan(args: Namespace) -> Plan:
     if rows.get("test") and rows["test"][0].labels is not None:
         say(f"{args.test_csv} has a column {columns.labels}: the test split keeps its labels")
     classes, groups = _classes(args, rows["train"], problems)
+    columns = replace(columns, separator=columns.separator or " ")
+    refuse_names(classes, columns)
     flat = [row for split in rows.values() for row in split]
-    _check_labels(flat, classes, columns.separator, problems)
-    files = _files(flat, Path(args.images), problems)
+    _check_labels(flat, classes, problems)
+    files = _files(flat, Path(args.images), problems, args.skip_bad)
     digest = _hash(args, [path for path in tables.values() if path], classes, groups, files)
-    return Plan(classes, groups, rows, files, problems, digest)
+    return Plan(classes, groups, rows, files, problems, columns, digest)
 
 
 def _classes(args: Namespace, train: Sequence[Row], problems: Problems) -> tuple[tuple[str, ...], dict]:
@@ -105,13 +111,20 @@ def _classes(args: Namespace, train: Sequence[Row], problems: Problems) -> tuple
     return classes, {}
 
 
-def _check_labels(rows: Iterable[Row], classes: Sequence[str], separator: str, problems: Problems) -> None:
+def refuse_names(classes: Sequence[str], columns: Columns) -> None:
+    """Raises UserError for a class that a submission or a prediction file could not name."""
+    for name in classes:
+        if name in (PREDICTION_ID, columns.labels, Columns.labels):
+            raise UserError(f"class {name!r} is called like a column of predictions and submissions; rename it")
+        if not survives(name, columns.separator):
+            raise UserError(
+                f"class {name!r} contains the label separator {columns.separator!r} or looks like a list, so "
+                "that no submission can name it; choose another with --label-separator, or rename it"
+            )
+
+
+def _check_labels(rows: Iterable[Row], classes: Sequence[str], problems: Problems) -> None:
     known = set(classes)
-    split = next((name for name in classes if (len(name.split()) > 1 if separator == " " else separator in name)), None)
-    if split is not None:
-        raise UserError(
-            f"class {split!r} contains the label separator {separator!r}; choose another with --label-separator"
-        )
     for row in rows:
         for label in row.labels or ():
             if label not in known:
@@ -119,25 +132,32 @@ def _check_labels(rows: Iterable[Row], classes: Sequence[str], separator: str, p
                 problems.add(row.source, row.line, f"label {label!r} is none of the {len(classes)} classes{hint}")
 
 
-def _files(rows: Iterable[Row], images: Path, problems: Problems) -> dict[Row, File]:
+def _files(rows: Sequence[Row], images: Path, problems: Problems, skip_bad: int) -> dict[Row, File]:
     if not images.is_dir():
         raise UserError(f"--images {images} is not a folder")
-    first: dict[str, Row] = {}
-    files = {}
+    folder = ImageFolder(images)
+    by_name: dict[str, Row] = {}
+    by_path: dict[Path, Row] = {}
+    files, missing = {}, []
     for row in rows:
         if not row.image_id:
             continue
-        before = first.setdefault(row.image_id, row)
-        if before is not row:
-            problems.add(
-                row.source, row.line, f"image {row.image_id!r} was already in {before.source} line {before.line}"
-            )
+        name = repr(row.image_id)
+        if (before := by_name.setdefault(row.image_id, row)) is not row:
+            text = f"image {name} was already in {before.source} line {before.line}"
         elif _leaves(row.image_id):
-            problems.add(row.source, row.line, f"image {row.image_id!r} is outside of {images}; name it relative to it")
-        elif (file := _find(images, row.image_id)) is None:
-            problems.add(row.source, row.line, f"image {row.image_id!r} is not in {images}")
+            text = f"image {name} is outside of {images}; name it relative to it"
+        elif (file := _file(folder.find(row.image_id))) is None:
+            missing.append(row.image_id)
+            text = f"image {name} is not in {images}"
+        elif (before := by_path.setdefault(file.path, row)) is not row:
+            text = f"image {name} is the same file as {before.image_id!r} in {before.source} line {before.line}"
         else:
             files[row] = file
+            continue
+        problems.add(row.source, row.line, text)
+    if len(missing) > skip_bad:
+        refuse_other_folder(images, missing, len(files))
     return files
 
 
@@ -146,21 +166,16 @@ def _leaves(image_id: str) -> bool:
     return image_id.startswith(("/", "\\")) or ".." in PurePosixPath(image_id.replace("\\", "/")).parts
 
 
-def _find(images: Path, image_id: str) -> File | None:
-    """The file of that name; many tables leave the extension away, so the usual ones are tried as well."""
-    for ext in ("", ".jpg", ".jpeg", ".png", ".webp"):
-        path = images / (image_id + ext)
-        try:
-            if path.is_file():
-                stat = path.stat()
-                return File(path, stat.st_size, stat.st_mtime_ns)
-        except (OSError, ValueError):  # a name too long, or with a zero byte
-            return None
-    return None
+def _file(path: Path | None) -> File | None:
+    if path is None:
+        return None
+    stat = path.stat()
+    return File(path, stat.st_size, stat.st_mtime_ns)
 
 
 def _hash(args: Namespace, tables: Sequence[str], classes: Sequence[str], groups: dict, files: dict[Row, File]) -> str:
     flags = {name: getattr(args, name) for name in PLANNED_FLAGS}
+    flags["label_separator"] = args.label_separator or " "
     tables = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in tables]
     has = [args.val_csv is not None, args.test_csv is not None]
     digest = hashlib.sha256(to_json([PACKER, flags, tables, has, classes, groups], sort_keys=True).encode())

@@ -22,6 +22,7 @@ from shards.dataset import SCHEMA, Dataset, Index, Shard, Split, open_index, rep
 from shards.image import BadImage, check_image, open_image
 from shards.index import Sidecar, column_of, read_sidecar
 from shards.pack import PLAN_NAME, write_companions
+from shards.table import BOM
 from shards.tar import Group, Member, file_sha256, scan, split_name
 
 QUARANTINE = "quarantine.csv"
@@ -110,7 +111,8 @@ def image_problem(data: bytes, *, decode: bool) -> str:
 
 def labels_differ(index: Index, row: int, sidecar: Sidecar, position: Mapping[str, int]) -> str:
     """How the texts of a sample differ from its row of the index, "" where they agree."""
-    if (sidecar.image_id, sidecar.caption) != (index.image_id(row), index.caption(row)):
+    caption = index.caption(row).lstrip(BOM)  # an older index has what now is no part of a caption
+    if (sidecar.image_id, sidecar.caption) != (index.image_id(row), caption):
         return "the index has another image_id or caption than the tar"
     columns = {column_of(label, position) for label in sidecar.labels or ()}
     return "" if columns == set(index.labels(row).tolist()) else "the index has other labels than the tar"

@@ -16,22 +16,30 @@ from pathlib import Path
 
 import yaml
 
+from shards.cells import check_separator, nfc, split_labels
 from shards.console import UserError, did_you_mean
 from shards.files import check_download
 
 SWALLOWED_ROW = re.compile(r"\n\s*[^\s,\"]+\.(?:jpe?g|png|webp|bmp|gif|tiff?)\s*,", re.IGNORECASE)
+BOM = "\ufeff"  # some programs put it before a text, and `cat` leaves it in the middle of a file
+LONGEST = 2**31 - 1  # characters of a field: the file is in memory anyway
+PREDICTION_ID = "ImageID"  # in files of probabilities, whatever the user's tables call it
 QUOTES_HELP = 'put the field in quotes and double every quote inside it: "a ""red"" car"'
 
 
 @dataclass(frozen=True)
 class Columns:
-    """How the user's CSV names its columns and joins its labels (`separator` " " means any white space)."""
+    """How the user's CSV names its columns and joins its labels (`separator` " " means any white space;
+    None the same, unless the cells look as if it were another)."""
 
     image_id: str = "ImageID"
     labels: str = "Labels"
     caption: str = "Caption"
     weight: str = "Weight"
-    separator: str = " "
+    separator: str | None = None
+
+
+USUAL_COLUMNS = Columns(separator=" ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +87,18 @@ def read_rows(path: Path, columns: Columns, problems: Problems, *, need_labels: 
             f"{columns.labels},{columns.caption}"
         )
     where = _find_columns(path, header, columns, need_labels=need_labels)
-    rows = []
+    rows, cells = [], []
     for line, record in records:
         if len(record) != len(header):
             problems.add(str(path), line, f"{len(record)} fields where the header has {len(header)}; {QUOTES_HELP}")
             continue
+        record = [field.lstrip(BOM) for field in record]
         rows.append(_row(path, line, record, where, columns, problems))
+        if "labels" in where and columns.separator is None:
+            cells.append(record[where["labels"]])
     if not rows and not problems:
         raise UserError(f"{path} has a header and no rows")
+    check_separator(path, columns.labels, cells)
     return rows
 
 
@@ -115,14 +127,9 @@ def _weight(text: str) -> float | None:
     return weight if 0 <= weight < math.inf else None
 
 
-def split_labels(text: str, separator: str) -> tuple[str, ...]:
-    """The labels of one cell; " " splits at any white space, another separator also trims around the labels."""
-    parts = text.split() if separator == " " else [part.strip() for part in text.split(separator)]
-    return tuple(part for part in parts if part)
-
-
 def _records(path: Path, problems: Problems) -> Iterator[tuple[int, list[str]]]:
     """(first line, fields) per record; a record that breaks on its own line is a problem, over several it is fatal."""
+    csv.field_size_limit(LONGEST)  # else 131,072 characters, and a longer caption looks like a quoting mistake
     reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
     while True:
         line = reader.line_num + 1
@@ -158,7 +165,7 @@ def _text(path: Path) -> str:
 
 def _find_columns(path: Path, header: Sequence[str], columns: Columns, *, need_labels: bool) -> dict[str, int]:
     """Position by role. Raises UserError naming the columns that exist."""
-    names = [name.strip() for name in header]
+    names = [name.lstrip(BOM).strip() for name in header]
     wanted = {role: getattr(columns, role) for role in ("image_id", "labels", "caption", "weight")}
     required = ("image_id", "labels") if need_labels else ("image_id",)
     defaults = Columns()
@@ -166,7 +173,8 @@ def _find_columns(path: Path, header: Sequence[str], columns: Columns, *, need_l
         flag = f"--{role.replace('image_', '')}-column"
         if names.count(name) > 1:
             raise UserError(f"{path} has {names.count(name)} columns called {name!r}; rename one")
-        if name not in names and (role in required or name != getattr(defaults, role)):
+        named = role != "labels" and name != getattr(defaults, role)  # labels are not for every table
+        if name not in names and (role in required or named):
             same = [other for other in names if other.lower() == name.lower()]
             raise UserError(
                 f"{path} has no column {name!r}, it has: {', '.join(names)}"
@@ -188,7 +196,7 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]
     groups = data.get("groups") or {}
     if not isinstance(groups, dict):
         raise UserError(f"{path}: groups must be {{name: [class, ...]}}")
-    groups = {str(group): _names(path, f"group {group}", members) for group, members in groups.items()}
+    groups = {nfc(str(group)): _names(path, f"group {group}", members) for group, members in groups.items()}
     _check_groups(path, classes, groups)
     return classes, groups
 
@@ -199,7 +207,7 @@ def _names(path: Path, what: str, values: object) -> tuple[str, ...]:
     for value in values:
         if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
             raise UserError(f"{path}: {value!r} in {what} is not a name for YAML; put it in quotes")
-    names = tuple(str(value) for value in values)
+    names = tuple(nfc(str(value)) for value in values)
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"{path}: {twice!r} is twice in {what}")
@@ -219,7 +227,7 @@ def _check_groups(path: Path, classes: tuple[str, ...], groups: dict[str, tuple[
 
 def found_classes(label_sets: Iterator[Sequence[str]]) -> tuple[str, ...]:
     """Every label that occurs: in the order of numbers where all are numbers, else of the alphabet."""
-    names = {label for labels in label_sets for label in labels}
+    names = {nfc(label) for labels in label_sets for label in labels}
     if all(name.isascii() and name.isdigit() for name in names):
         return tuple(sorted(names, key=lambda name: (int(name), name)))
     return tuple(sorted(names))

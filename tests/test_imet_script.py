@@ -138,7 +138,7 @@ def test_the_joined_answers_are_means_and_the_table_has_their_scores(finished, w
         )
     assert float(rows[2][2]) > float(rows[0][2])  # the stand-in gets better, and so does what is made of it
     assert (
-        len((out / "submission.csv").read_text().splitlines())
+        len((out / "test-submission.csv").read_text().splitlines())
         == len(open_index(load_dataset(world / "data"), "test")) + 1
     )
 

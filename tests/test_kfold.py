@@ -118,7 +118,7 @@ def test_the_test_split_is_the_mean_of_the_folds_by_the_threshold_of_the_joined_
     np.testing.assert_allclose(stack.values[0], stack.values[1:].mean(0), atol=1e-7)
     assert np.abs(stack.values[1] - stack.values[2]).max() > 1e-4
     threshold = json.loads((folder / "thresholds.json").read_text())["global"]
-    with (folder / "submission.csv").open() as file:
+    with (folder / "test-submission.csv").open() as file:
         labels = [row["Labels"].split() for row in csv.DictReader(file)]
     chosen = stack.values[0] > np.float32(threshold)
     assert labels == [[stack.classes[c] for c in np.flatnonzero(row)] for row in chosen]

@@ -2,6 +2,7 @@
 alike."""
 
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from mlc import predict, train
 from mlc.data.prediction_files import class_columns
+from mlc.data.prediction_sources import note, of_images, refuse_others
 from mlc.data.prediction_stack import read_stack
 from mlc.data.reader import TarReader
 from mlc.metrics import thresholds
@@ -75,7 +77,7 @@ def test_runs_alike_share_one_pass_and_the_mean_is_theirs(shards, classes, tmp_p
     np.testing.assert_array_equal(stack.values[2], stack.values[3])
     assert np.abs(stack.values[1] - stack.values[2]).max() > 0.05
     np.testing.assert_allclose(stack.values[0], stack.values[1:3].mean(0), atol=1e-7)
-    with (out / "submission.csv").open() as file:
+    with (out / "val-submission.csv").open() as file:
         rows = list(csv.DictReader(file))
     expected = [[name for name, p in zip(classes, row, strict=True) if p > np.float32(0.4)] for row in stack.values[0]]
     assert [row["Labels"].split() for row in rows] == expected  # the mean of the two thresholds
@@ -138,3 +140,61 @@ def test_unreadable_images_are_counted_and_have_rows(classes, tmp_path, capsys, 
     assert f"{broken} bad image{'s'[: broken - 1]}: probability 0" in capsys.readouterr().err
     scores = read_stack([tmp_path / "images.csv"]).values[0]
     assert (scores[:broken] == 0).all() and (scores[broken:] > 0).all()
+
+
+def pictures(folder: Path, *names: str) -> str:
+    folder.mkdir(parents=True)
+    for number, name in enumerate(names):
+        Image.new("RGB", (32, 32), (40 * number, 0, 0)).save(folder / name)
+    return str(folder)
+
+
+def test_nothing_takes_the_place_of_other_predictions(shards, classes, tmp_path, capsys):
+    run = untrained(tmp_path / "run", classes, 1)
+    file = Path(run) / "best" / "config.json"
+    info = json.loads(file.read_text())
+    columns = {"image_id": "id", "labels": "tags", "separator": "|"}
+    file.write_text(json.dumps(info | {"mlc": info["mlc"] | {"columns": columns}}))
+    out, base = tmp_path / "out", ["--run", run, "-j", "0", "--threshold", "0", "--out", str(tmp_path / "out")]
+    split = [*base, "--data", str(shards), "--split", "test"]
+    folders = {name: pictures(tmp_path / name, "0.png") for name in ("val", "test", "other/val")}
+    # The split val and the folder test come first; each may be predicted again, and nothing else in its place.
+    assert run_verb(predict.main, flags(shards, out, run)) == 0
+    assert run_verb(predict.main, [*base, "--images", folders["test"]]) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert sorted(before) == [
+        "sources.json",
+        *sorted(f"{a}{b}.csv" for a in ("test", "val") for b in ("", "-submission")),
+    ]
+    assert before["test-submission.csv"].decode() == f"id,tags\n0.png,{'|'.join(classes)}\n"
+    assert run_verb(predict.main, [*base, "--images", folders["test"]]) == 0
+    capsys.readouterr()
+    for argv, there in (
+        ([*base, "--images", folders["val"]], "val.csv has the predictions of the split 'val' of"),
+        ([*base, "--images", folders["other/val"]], "val.csv has the predictions of the split 'val'"),
+        (split, f"test.csv has the predictions of the folder {folders['test']}, these are of the split 'test'"),
+    ):
+        assert run_verb(predict.main, argv) == 2
+        said = capsys.readouterr().err
+        assert there in said and "by --out of `mlc predict`" in said and said.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_predictions_from_before_there_was_a_note(tmp_path):
+    (tmp_path / "val.csv").touch()
+    refuse_others(tmp_path, ["val.csv"], {"of": "the split 'val'", "data": "1/val"})
+    with pytest.raises(UserError, match=r"val.csv has the predictions of a split, these are of the folder"):
+        refuse_others(tmp_path, ["val.csv"], of_images(tmp_path))
+    note(tmp_path, ["val.csv"], {"of": "the split 'val' of here", "data": "1/val"})
+    refuse_others(tmp_path, ["val.csv"], {"of": "the split 'val' of there", "data": "1/val"})
+    refuse_others(tmp_path, ["val.csv"], {"of": "the split 'val' of here", "data": "2/val"})
+    other = {"of": "the split 'val' of there", "data": "2/val"}
+    refuse_others(tmp_path, ["val.csv"], other, splits=False)
+    with pytest.raises(UserError, match="of the split 'val' of here, these are of the split 'val' of there"):
+        refuse_others(tmp_path, ["val.csv"], other)
+
+
+def test_a_run_that_is_called_like_the_submission(shards, classes, tmp_path, capsys):
+    runs = [untrained(tmp_path / name, classes, 1) for name in ("a", "submission")]
+    assert run_verb(predict.main, flags(shards, tmp_path / "out", *runs)) == 2
+    assert "val-submission.csv is taken; rename the run" in capsys.readouterr().err

@@ -174,7 +174,7 @@ def test_the_weights_of_a_run_are_found_by_the_reports_name(trained, monkeypatch
     flags = "--test small_best.pth --model resnet10t_linear --tta True --workers 0"
     assert run_verb(published.main, shlex.split(flags)) == 0
     assert "8 samples x 2 views, threshold 0.5000" in capsys.readouterr().err
-    rows = submission(trained / "submissions" / "small_best" / "submission.csv")
+    rows = submission(trained / "submissions" / "small_best" / "test-submission.csv")
     index = open_index(load_dataset("data/shards"), "test")
     assert [row["ImageID"] for row in rows] == [index.image_id(i) for i in range(8)]
 

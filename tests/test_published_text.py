@@ -107,7 +107,7 @@ def test_the_whole_printed_line_predicts(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     assert python_main(PRINTED, "--workers", "0") == 0
     assert "8 samples x 2 views, threshold 0.5000" in capsys.readouterr().err
-    rows = submission(folder / "submissions" / "swin_large" / "submission.csv")
+    rows = submission(folder / "submissions" / "swin_large" / "test-submission.csv")
     assert len(rows) == 8 and {*rows[0]} == {"ImageID", "Labels"}
 
 
@@ -124,7 +124,7 @@ def test_bert_alone(folder, monkeypatch, capsys):
     assert same(before, weights(folder / "runs" / "bert" / "best"))
     assert run_verb(published.bert_test, ["--workers", "0"]) == 0
     assert "threshold 0.4" in capsys.readouterr().err
-    assert len(submission(folder / "submissions" / "bert_best" / "submission.csv")) == 8
+    assert len(submission(folder / "submissions" / "bert_best" / "test-submission.csv")) == 8
     with pytest.raises(SystemExit):
         run_verb(published.bert_train, ["--epoch", "3"])
     assert "did you mean --epochs" in capsys.readouterr().err

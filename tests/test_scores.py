@@ -154,7 +154,8 @@ def test_mistakes(world, capsys, shards):
     assert "give the truth once" in refused(capsys, pred, truth, "--data", shards)
     assert "--fold and --where choose rows of --data" in refused(capsys, pred, truth, "--fold", "1")
     assert "nowhere.csv" in refused(capsys, folder / "nowhere.csv", truth)
-    assert f"none of the 3 classes of {pred}" in refused(capsys, pred, truth)  # labels separated by something else
+    assert "give --label-separator ';'" in refused(capsys, pred, truth)
+    assert f"none of the 3 classes of {pred}" in refused(capsys, pred, truth, "--label-separator", " ")
     assert "no column" in refused(capsys, pred, "--data", shards)  # other classes
     lines = pred.read_text().splitlines(keepends=True)
     short = folder / "short.csv"

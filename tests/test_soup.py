@@ -98,7 +98,7 @@ def test_greedy_leaves_garbage_out_and_the_soup_predicts(trained, shards, tmp_pa
     own = json.loads((trained / "best" / "thresholds.json").read_text())
     assert tuned["value"] == pytest.approx(own["value"], abs=1e-3)
     predict(["--run", str(tmp_path / "soup"), "--data", str(shards), "--split", "test", "-j", "0"])
-    assert (tmp_path / "soup" / "predictions" / "submission.csv").exists()
+    assert (tmp_path / "soup" / "predictions" / "test-submission.csv").exists()
     timm.create_model(f"local-dir:{tmp_path / 'soup'}", pretrained=True)
 
 

@@ -14,8 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from shards.cells import nfc
 from shards.console import UserError, did_you_mean
 from shards.dataset import Index
+from shards.table import LONGEST
 
 CHUNK = 1 << 20  # rows looked at together: bounds the memory of a filter over any index
 COLUMNS = ("key", "image_id", "shard", "size", "ext", "caption", "fold", "weight", "n_labels")
@@ -155,10 +157,10 @@ class _Condition:
         return COMPARISONS[type(op)](self._value(left), self._value(right))
 
     def _has_class(self, node: ast.expr) -> pc.Expression:
-        name = self._constant(node)
-        if name not in self._classes:
+        name, known = self._constant(node), [nfc(name) for name in self._classes]
+        if not isinstance(name, str) or nfc(name) not in known:
             raise UserError(f"--where {self.text}: no class {name!r}{did_you_mean(str(name), self._classes)}")
-        column = self._classes.index(name)
+        column = known.index(nfc(name))
         self.class_columns[f"class {column}"] = column
         return pc.field(f"class {column}")
 
@@ -195,15 +197,18 @@ class _Condition:
 # ---- lists of images -------------------------------------------------------------------------------------------------
 
 
-def read_names(file: Path) -> list[str]:
-    """Image ids or keys: a CSV's column ImageID, image_id or key (the first it has), or else one name a line."""
+def read_names(file: Path, id_column: str = "ImageID") -> list[str]:
+    """Image ids or keys: a CSV's column ImageID, image_id, key or `id_column` (the first it has), or
+    else one name a line."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--drop-rows {file} cannot be read: {getattr(error, 'strerror', 'not UTF-8 text')}") from None
     lines = text.splitlines()
     header = next(csv.reader(lines[:1]), [])
-    column = next((header.index(name) for name in NAME_COLUMNS if name in header), None)
+    csv.field_size_limit(LONGEST)
+    names = (*NAME_COLUMNS, id_column)
+    column = next((header.index(name) for name in names if name in header), None)
     if column is None:
         return [line.strip() for line in lines if line.strip()]
     return [cells[column] for cells in csv.reader(lines[1:]) if len(cells) > column and cells[column]]

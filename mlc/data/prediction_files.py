@@ -15,10 +15,13 @@ import pyarrow.compute as pc
 import pyarrow.csv
 from numpy.typing import NDArray
 
-from shards.console import UserError, did_you_mean
+from shards.cells import free_separator, nfc, survives
+from shards.console import UserError, did_you_mean, say
 from shards.dataset import Index
 from shards.files import check_download, disk_errors, whole
+from shards.table import PREDICTION_ID, Columns
 
+USUAL = Columns()
 KINDS = (".csv", ".arrow")
 
 
@@ -26,9 +29,17 @@ def is_prediction_file(name: str) -> bool:
     return Path(name).suffix.lower() in KINDS and not Path(name).is_dir()
 
 
-def is_submission(file: Path) -> bool:
-    """Whether it has label sets, `ImageID,Labels`, in place of probabilities. Raises UserError."""
-    return file.suffix.lower() == ".csv" and "Labels" in read_header(file)
+def submission_columns(file: Path, columns: Columns = USUAL) -> Columns | None:
+    """How a submission is written: with the given columns, or else with the usual ones. None for any
+    other file, such as probabilities. Raises UserError."""
+    header = read_header(file) if file.suffix.lower() == ".csv" else ()
+    ways = (columns, USUAL)
+    return next((way for way in ways if way.image_id in header and way.labels in header), None)
+
+
+def is_submission(file: Path, columns: Columns = USUAL) -> bool:
+    """Whether it has label sets in place of probabilities. Raises UserError."""
+    return submission_columns(file, columns) is not None
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -52,13 +63,16 @@ def read_header(file: Path) -> list[str]:
 def class_columns(file: Path) -> tuple[str, ...]:
     """The classes of a prediction file, in its order. Raises UserError for another file."""
     names = [name for name in read_header(file) if name]  # without pandas' index, whose name is empty
-    if "ImageID" not in names or len(names) < 2:
-        raise UserError(f"{file}: no predictions; they have a column ImageID and one of probabilities for each class")
+    if PREDICTION_ID not in names or len(names) < 2:
+        raise UserError(
+            f"{file}: no predictions; they have a column {PREDICTION_ID} and one of probabilities for each class. If "
+            "these are label sets, --id-column and --labels-column name their columns, or --data a data set with those"
+        )
     if is_submission(file):
         raise UserError(
             f"{file} is a submission, label sets without probabilities; `mlc ensemble --vote` combines those"
         )
-    return tuple(name for name in names if name != "ImageID")
+    return tuple(name for name in names if name != PREDICTION_ID)
 
 
 def read_predictions(file: Path, classes: Sequence[str]) -> tuple[pa.Array, np.ndarray]:
@@ -68,7 +82,7 @@ def read_predictions(file: Path, classes: Sequence[str]) -> tuple[pa.Array, np.n
     check_download(file)
     try:
         table = _read_csv(file, classes) if file.suffix.lower() == ".csv" else _read_arrow(file, classes)
-        ids = table.column("ImageID").cast(pa.large_string()).combine_chunks()
+        ids = table.column(PREDICTION_ID).cast(pa.large_string()).combine_chunks()
         probabilities = np.empty((len(table), len(classes)), np.float32)
         for column, name in enumerate(classes):
             probabilities[:, column] = table.column(name).cast(pa.float32()).to_numpy()
@@ -86,32 +100,37 @@ def read_predictions(file: Path, classes: Sequence[str]) -> tuple[pa.Array, np.n
 
 
 def _read_csv(file: Path, classes: Sequence[str]) -> pa.Table:
-    _check_columns(file, read_header(file), classes)
-    kinds = {"ImageID": pa.large_string()} | {name: pa.float32() for name in classes}
-    options = pa.csv.ConvertOptions(column_types=kinds, include_columns=list(kinds), strings_can_be_null=False)
-    return pa.csv.read_csv(file, convert_options=options)
+    names = _columns(file, read_header(file), classes)
+    kinds = dict.fromkeys(names, pa.float32()) | {PREDICTION_ID: pa.large_string()}
+    options = pa.csv.ConvertOptions(column_types=kinds, include_columns=names, strings_can_be_null=False)
+    return pa.csv.read_csv(file, convert_options=options).rename_columns([PREDICTION_ID, *classes])
 
 
 def _read_arrow(file: Path, classes: Sequence[str]) -> pa.Table:
-    _check_columns(file, read_header(file), classes)
+    names = _columns(file, read_header(file), classes)
     with pa.memory_map(str(file)) as mapped, pa.ipc.open_file(mapped) as reader:
-        return reader.read_all().select(["ImageID", *classes])
+        return reader.read_all().select(names).rename_columns([PREDICTION_ID, *classes])
 
 
-def _check_columns(file: Path, names: Sequence[str], classes: Sequence[str]) -> None:
-    if "ImageID" not in names:
+def _columns(file: Path, names: Sequence[str], classes: Sequence[str]) -> list[str]:
+    """What the file calls the image and these classes: the same names, in either form of Unicode."""
+    if PREDICTION_ID not in names:
         raise UserError(
-            f"{file}: no column ImageID, so these are no predictions; `mlc predict --split train` makes them"
+            f"{file}: no column {PREDICTION_ID}, so these are no predictions; `mlc predict --split train` makes them"
         )
-    missing = [name for name in classes if name not in names]
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(nfc(name), []).append(name)
+    missing = [name for name in classes if nfc(name) not in found]
     if missing:
         raise UserError(
             f"{file}: no column for {len(missing)} of the {len(classes)} classes, such as {missing[0]!r}"
             f"{did_you_mean(missing[0], names)}; predict with a model of the same classes"
         )
-    twice = [name for name in ("ImageID", *classes) if names.count(name) > 1]
-    if twice:
+    wanted = [nfc(name) for name in (PREDICTION_ID, *classes)]
+    if twice := [name for name in wanted if len(found[name]) > 1]:
         raise UserError(f"{file}: two columns are called {twice[0]!r}")
+    return [found[name][0] for name in wanted]
 
 
 # ---- rows by name ----------------------------------------------------------------------------------------------------
@@ -164,20 +183,46 @@ def write_probabilities(path: Path, ids: Sequence[str], classes: Sequence[str], 
     """`ImageID` and a column per class, in row order; CSV with nine digits (a float32 to the last bit), or Arrow, by
     the file's name; written whole."""
     if path.suffix == ".arrow":
-        columns = {"ImageID": pa.array(ids, pa.large_string())} | dict(zip(classes, scores.T, strict=True))
+        columns = {PREDICTION_ID: pa.array(ids, pa.large_string())} | dict(zip(classes, scores.T, strict=True))
         _write_arrow(path, pa.table(columns))
         return
     write_csv(
         path,
-        ["ImageID", *classes],
+        [PREDICTION_ID, *classes],
         ([image_id, *(f"{p:.9g}" for p in row)] for image_id, row in zip(ids, scores, strict=True)),
     )
 
 
-def write_submission(path: Path, ids: Sequence[str], classes: Sequence[str], predicted: np.ndarray) -> None:
-    """`ImageID,Labels`, the predicted classes joined by blanks."""
-    labels = (" ".join(classes[c] for c in np.flatnonzero(row)) for row in predicted)
-    write_csv(path, ["ImageID", "Labels"], zip(ids, labels, strict=True))
+def write_submission(
+    path: Path,
+    ids: Sequence[str],
+    classes: Sequence[str],
+    predicted: np.ndarray,
+    columns: Columns = USUAL,
+) -> None:
+    """The predicted classes [N, C] of each image as the tables of the data set have them:
+    `ImageID,Labels`, joined by blanks, unless `columns` say otherwise. Raises UserError as
+    `separator_of`."""
+    separator = separator_of(columns, classes)
+    labels = (separator.join(classes[c] for c in np.flatnonzero(row)) for row in predicted)
+    write_csv(path, [columns.image_id, columns.labels], zip(ids, labels, strict=True))
+
+
+def separator_of(columns: Columns, classes: Sequence[str]) -> str:
+    """What stands between the labels of a submission; where none is named, one that no class contains.
+    Raises UserError where a class contains it, so that nobody could read the class again."""
+    if columns.separator is None:
+        separator = free_separator(classes)
+        if separator != " ":
+            say(f"note: class names have blanks in them; {separator!r} stands between labels")
+        return separator
+    for name in classes:
+        if not survives(name, columns.separator):
+            raise UserError(
+                f"class {name!r} contains {columns.separator!r}, which stands between the labels of a submission; "
+                "choose another with --label-separator, of `mlc pack` or here"
+            )
+    return columns.separator
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:

@@ -2,7 +2,6 @@
 of the others must have the same, in any order. The truth may know more images.
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,19 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from mlc.data.prediction_files import class_columns, is_submission, places, read_predictions, rows_of
-from mlc.data.truth import ids_of, labelled_index, multi_hot, read_labels
+from mlc.data.prediction_files import (
+    USUAL,
+    class_columns,
+    is_submission,
+    places,
+    read_predictions,
+    rows_of,
+)
+from mlc.data.truth import ids_of, labelled_index, multi_hot, read_labels, read_submission
 from mlc.metrics import thresholds
 from shards.console import UserError
 from shards.dataset import load_dataset
-from shards.table import found_classes
+from shards.table import Columns, found_classes
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,15 @@ class Stack:
     ids: pa.Array
     classes: tuple[str, ...]
     values: NDArray
+
+
+@dataclass(frozen=True)
+class Known:
+    """The classes there are, the file that says so, and how to `fix` a label that is none of them."""
+
+    classes: tuple[str, ...]
+    source: Path | str
+    fix: str = ""
 
 
 def read_stack(files: Sequence[Path]) -> Stack:
@@ -42,19 +57,27 @@ def read_stack(files: Sequence[Path]) -> Stack:
     return Stack(ids, classes, values)
 
 
-def read_sets(files: Sequence[Path], rules: Sequence[Mapping | None], also: Sequence[str] = ()) -> Stack:
+def read_sets(
+    files: Sequence[Path],
+    rules: Sequence[Mapping | None],
+    columns: Columns = USUAL,
+    known: Known | None = None,
+) -> Stack:
     """The label sets of submissions, and of prediction files by their thresholds (the content of a `thresholds.json`
-    each; None only for a submission). Classes are those of the prediction files, or else all labels that the
-    submissions and `also` have.
+    each; None only for a submission), written with these `columns`. Classes are those of the prediction files, else
+    the `known` ones, else all labels that the submissions have. Raises UserError for a label that is no class.
     """
-    submitted = {file: read_labels(file) for file in files if is_submission(file)}
+    submitted = {file: read_submission(file, columns) for file in files if is_submission(file, columns)}
     table = next((file for file in files if file not in submitted), None)
     labels = (row.labels for rows in submitted.values() for row in rows)
-    classes = class_columns(table) if table else found_classes(itertools.chain([also], labels))
+    if table:
+        known = Known(class_columns(table), table)
+    known = known or Known(found_classes(labels), "")
+    classes = known.classes
     sets: list[tuple[pa.Array, NDArray]] = []
     for file, rule in zip(files, rules, strict=True):
         if file in submitted:
-            sets.append((ids_of(submitted[file]), multi_hot(submitted[file], classes, of=table)))
+            sets.append((ids_of(submitted[file]), multi_hot(submitted[file], classes, of=known.source, fix=known.fix)))
         elif rule is None:
             raise UserError(f"{file} has probabilities: give --threshold, one for each file or one for all")
         else:
@@ -80,10 +103,10 @@ def target_of_split(stack: Stack, data: str, split: str) -> NDArray[np.bool_]:
     return index.targets(rows)[:, columns] > 0.5
 
 
-def target_of_table(stack: Stack, file: Path) -> NDArray[np.bool_]:
-    """[N, C]: the labels that a CSV `ImageID,Labels` has for the images of the stack. Raises UserError for an image
+def target_of_table(stack: Stack, file: Path, columns: Columns = USUAL) -> NDArray[np.bool_]:
+    """[N, C]: the labels that a CSV has for the images of the stack. Raises UserError for an image
     without a row, or a label that is no class."""
-    rows = read_labels(file)
+    rows = read_labels(file, columns)
     return multi_hot([rows[place] for place in _true_rows(file, ids_of(rows), stack)], stack.classes)
 
 

@@ -155,7 +155,7 @@ def _kept(config: Config, dataset: Dataset, splits: Sequence[Index]) -> list[np.
     """
     drop = None
     if config.drop_rows:
-        names = read_names(Path(config.drop_rows))
+        names = read_names(Path(config.drop_rows), dataset.columns.image_id)
         drop = [named(index, names) for index in splits]
         if names and not any(hits.any() for hits in drop):
             raise UserError(

@@ -3,8 +3,9 @@
 A score that is computed on rows in another order looks like a bad model and not like the mistake it is.
 """
 
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,17 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mlc.data.filters import select_rows
-from mlc.data.prediction_files import places, read_predictions, refuse_missing, refuse_repeats, rows_of
-from shards.console import UserError, did_you_mean, listed, say
+from mlc.data.prediction_files import (
+    USUAL,
+    places,
+    read_predictions,
+    refuse_missing,
+    refuse_repeats,
+    rows_of,
+    submission_columns,
+)
+from shards.cells import nfc
+from shards.console import Parser, UserError, did_you_mean, listed, say
 from shards.dataset import Dataset, Index, load_dataset, open_index
 from shards.table import Columns, Problems, Row, found_classes, read_rows
 
@@ -22,14 +32,17 @@ FIX = "predict all of them, or let the truth have fewer (of --data by --fold or 
 
 @dataclass(frozen=True)
 class Truth:
-    """The labels of N images: `ids` large_string [N] unique, `target` bool [N, C]; `groups` {name: columns}, `source`
-    for people."""
+    """The labels of N images: `ids` large_string [N] unique, `target` bool [N, C]; `groups` {name:
+    columns}; `columns` of its tables and of submissions. For people are `source`, and `fix` for a
+    label that is no class."""
 
     source: str
     ids: pa.Array
     classes: tuple[str, ...]
     target: NDArray[np.bool_]
     groups: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    columns: Columns = USUAL
+    fix: str = ""
 
 
 # ---- truth -----------------------------------------------------------------------------------------------------------
@@ -48,7 +61,8 @@ def truth_of_rows(source: str, dataset: Dataset, index: Index, rows: NDArray[np.
     """Of these rows of a split. Raises UserError where an image is among them twice."""
     ids = index.batch.column("image_id").take(pa.array(rows))
     refuse_repeats(source, ids)
-    return Truth(source, ids, dataset.classes, index.targets(rows) > 0.5, dataset.group_columns)
+    target = index.targets(rows) > 0.5
+    return Truth(source, ids, dataset.classes, target, dataset.group_columns, dataset.columns)
 
 
 def truth_of_table(
@@ -65,10 +79,11 @@ def truth_of_table(
     groups: {name: classes}.
     """
     rows = read_labels(file, columns)
+    fix = "" if classes else "; --classes FILE names those that none of its images has"
     classes = tuple(classes or found_classes(row.labels for row in rows))
     numbers = {name: number for number, name in enumerate(classes)}
     found = {group: [numbers[name] for name in names] for group, names in (groups or {}).items()}
-    return Truth(str(file), ids_of(rows), classes, multi_hot(rows, classes, of=of), found)
+    return Truth(str(file), ids_of(rows), classes, multi_hot(rows, classes, of=of), found, columns, fix)
 
 
 def filled_index(dataset: Dataset, split: str) -> Index:
@@ -119,10 +134,10 @@ def probabilities_of(files: Sequence[Path], truth: Truth) -> NDArray[np.float32]
 def labels_of(file: Path, truth: Truth) -> NDArray[np.bool_]:
     """[N, C]: a submission's label sets in the order of the truth. Raises UserError naming an image that it lacks, or a
     label that the truth does not have."""
-    rows = read_labels(file)
+    rows = read_submission(file, truth.columns)
     place = rows_of(file, ids_of(rows), truth.ids, f"images of {truth.source}", FIX)
     _note_left_out(file, len(rows) - len(place), len(rows), truth)
-    return multi_hot([rows[number] for number in place], truth.classes, of=truth.source)
+    return multi_hot([rows[number] for number in place], truth.classes, of=truth.source, fix=truth.fix)
 
 
 def _note_left_out(file: Path, number: int, of: int, truth: Truth) -> None:
@@ -133,10 +148,10 @@ def _note_left_out(file: Path, number: int, of: int, truth: Truth) -> None:
 # ---- tables of labels ------------------------------------------------------------------------------------------------
 
 
-def read_labels(file: Path, columns: Columns | None = None) -> list[Row]:
+def read_labels(file: Path, columns: Columns = USUAL) -> list[Row]:
     """The rows of a truth or a submission, each image once. Raises UserError naming the lines that are wrong."""
     problems = Problems()
-    rows = read_rows(file, columns or Columns(), problems, need_labels=True)
+    rows = read_rows(file, columns, problems, need_labels=True)
     first: dict[str, int] = {}
     for row in rows:
         line = first.setdefault(row.image_id, row.line)
@@ -148,23 +163,52 @@ def read_labels(file: Path, columns: Columns | None = None) -> list[Row]:
     return rows
 
 
+def read_submission(file: Path, columns: Columns) -> list[Row]:
+    """The rows of a submission, written with these columns or with the usual ones. Raises UserError."""
+    return read_labels(file, submission_columns(file, columns) or columns)
+
+
+def add_column_flags(parser: Parser, tables: str) -> None:
+    """For `given_columns`; `tables` says what is read."""
+    add = parser.add_argument
+    default = "that of --data, else"
+    add("--id-column", metavar="NAME", help=f"column of {tables} ({default} ImageID)")
+    add("--labels-column", metavar="NAME", help=f"column of {tables} ({default} Labels)")
+    add("--label-separator", metavar="S", help=f"stands between labels in {tables} ({default} any white space)")
+
+
+def given_columns(options: Namespace) -> Columns:
+    """What the flags say of tables, and beside them the data set of --data. Raises UserError."""
+    known = load_dataset(options.data).columns if options.data else USUAL
+    flags = {"image_id": "id_column", "labels": "labels_column", "separator": "label_separator"}
+    given = {name: getattr(options, flag) for name, flag in flags.items()}
+    if "" in given.values():
+        raise UserError("--id-column, --labels-column and --label-separator must not be empty")
+    return replace(known, **{name: value for name, value in given.items() if value is not None})
+
+
 def ids_of(rows: Sequence[Row]) -> pa.Array:
     """large_string [N]"""
     return pa.array([row.image_id for row in rows], pa.large_string())
 
 
 def multi_hot(
-    rows: Sequence[Row], classes: Sequence[str], *, of: Path | str | None = "the predictions"
+    rows: Sequence[Row],
+    classes: Sequence[str],
+    *,
+    of: Path | str | None = "the predictions",
+    fix: str = "",
 ) -> NDArray[np.bool_]:
-    """[N, C]. Raises UserError naming the line of a label that is none of the classes, which are those `of` a file."""
-    column = {name: number for number, name in enumerate(classes)}
+    """[N, C]. Raises UserError naming the line of a label that is none of the classes, which are those
+    `of` a file, and how to `fix` it."""
+    column = {nfc(name): number for number, name in enumerate(classes)}
     target = np.zeros((len(rows), len(classes)), bool)
     for place, row in enumerate(rows):
         for label in row.labels:
             if label not in column:
                 raise UserError(
                     f"{row.source} line {row.line}: label {label!r} is none of the {len(classes)} classes of "
-                    f"{of}{did_you_mean(label, classes)}"
+                    f"{of}{did_you_mean(label, classes)}{fix}"
                 )
             target[place, column[label]] = True
     return target

@@ -6,6 +6,7 @@ on by heart, wrong ones included.
 
 import sys
 from argparse import ArgumentTypeError
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,13 @@ from rich.console import Console
 from rich.table import Table
 from sklearn.metrics import average_precision_score, precision_recall_curve
 
-from mlc.data.prediction_files import aligned, places, write_csv
+from mlc.data.prediction_files import aligned, places, submission_columns, write_csv
 from mlc.data.truth import ids_of, labelled_index, multi_hot, read_labels
 from mlc.post.label_errors import METHODS, errors, mean_errors, scores, suspects
 from shards.console import Parser, UserError, did_you_mean, few, say
 from shards.dataset import Dataset, Index, load_dataset
 from shards.files import disk_errors, whole
 from shards.json_text import to_json
-from shards.table import Columns
 
 SHOWN = 12  # rows of the table of classes
 
@@ -103,13 +103,17 @@ def _write_labels(path: Path, index: Index, classes, given, probabilities, score
 
 
 def recorded(path: Path, index: Index, dataset: Dataset, given: np.ndarray) -> np.ndarray:
-    """bool [N, C]: the entries that a file `ImageID,Labels,TrueLabels` says are wrong, such as the demo data's
-    wrong_labels.csv. Images of other splits are passed over.
+    """bool [N, C]: the entries that a file `ImageID,Labels,TrueLabels` says are wrong, such as the
+    demo data's wrong_labels.csv; the first two columns may have the names that the data set knows.
+    Images of other splits are passed over.
 
     Raises:
         UserError: no image of the split, a label that the data set does not have, or labels that are not its own.
     """
-    tables = [read_labels(path, Columns(labels=name)) for name in ("Labels", "TrueLabels")]
+    if not path.is_file():
+        raise UserError(f"cannot read {path}: no such file")
+    columns = submission_columns(path, dataset.columns) or dataset.columns
+    tables = [read_labels(path, replace(columns, labels=name)) for name in (columns.labels, "TrueLabels")]
     found = places(ids_of(tables[0]), index.batch.column("image_id"))
     there, rows = np.flatnonzero(found >= 0), found[found >= 0]
     own = [[table[number] for number in there] for table in tables]

@@ -149,8 +149,9 @@ def _inputs(options, dataset: Dataset, index: Index, files: list[str]) -> Inputs
     groups = np.zeros(len(dataset.classes), np.int64)
     for number, columns in enumerate(dataset.group_columns.values(), 1):
         groups[columns] = number
-    extra = by_image([Path(name) for name in options.extra], index, "--extra")
-    vectors = by_image([Path(name) for name in options.features], index, "--features")
+    name = dataset.columns.image_id
+    extra = by_image([Path(file) for file in options.extra], index, "--extra", name)
+    vectors = by_image([Path(file) for file in options.features], index, "--features", name)
     return Inputs(probabilities, groups, extra, vectors)
 
 

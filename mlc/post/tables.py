@@ -1,6 +1,7 @@
 """Numbers about each image, from any of four kinds of file."""
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,12 @@ from shards.console import UserError
 from shards.dataset import Index
 from shards.files import check_download
 
-NAMES = ("image_id", "ImageID", "key")
+NAMES = ("ImageID", "image_id", "key")
 
 
-def by_image(files: list[Path], index: Index, flag: str) -> np.ndarray | None:
+def by_image(files: list[Path], index: Index, flag: str, id_column: str = "ImageID") -> np.ndarray | None:
     """float32 [n, D]: the numbers of each image, from one file or several side by side; None without a file.
+    id_column: what the tables of the data set call the image.
 
     Raises:
         UserError: a file that cannot be read, or lacks an image of the split.
@@ -25,7 +27,7 @@ def by_image(files: list[Path], index: Index, flag: str) -> np.ndarray | None:
     for file in files:
         check_download(file, flag)
         try:
-            names, kind, values = _read_numbers(file)
+            names, kind, values = _read_numbers(file, (*NAMES, id_column))
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
             raise UserError(f"{flag} {file} cannot be read: {str(error).splitlines()[0]}") from None
         wanted = index.batch.column("key" if kind == "key" else "image_id")
@@ -42,32 +44,32 @@ def by_image(files: list[Path], index: Index, flag: str) -> np.ndarray | None:
     return np.concatenate(tables, axis=1) if tables else None
 
 
-def _read_numbers(file: Path) -> tuple[list[str], str, np.ndarray]:
-    """(names, their column, float32 [n, D]) of a CSV, Arrow, Parquet or .npz file: a column of names, and all columns
-    of numbers or of lists of numbers; where a list is missing its numbers are 0."""
+def _read_numbers(file: Path, ids: Sequence[str]) -> tuple[list[str], str, np.ndarray]:
+    """(names, their column, float32 [n, D]) of a CSV, Arrow, Parquet or .npz file: a column of names (one of `ids`),
+    and all columns of numbers or of lists of numbers; where a list is missing its numbers are 0."""
     if file.suffix == ".npz":
         with np.load(file, allow_pickle=False) as arrays:
-            kind = _names_of(list(arrays))
-            tables = [np.asarray(arrays[name], np.float32) for name in arrays if name not in NAMES]
+            kind = _names_of(list(arrays), ids)
+            tables = [np.asarray(arrays[name], np.float32) for name in arrays if name not in ids]
             return arrays[kind].astype(str).tolist(), kind, _side_by_side(tables)
     if file.suffix == ".csv":
         with file.open(newline="", encoding="utf-8-sig") as lines:
             rows = list(csv.DictReader(lines))
-        kind = _names_of(list(rows[0]) if rows else [])
-        tables = [np.array([row[name] for row in rows], np.float32) for name in rows[0] if name not in NAMES]
+        kind = _names_of(list(rows[0]) if rows else [], ids)
+        tables = [np.array([row[name] for row in rows], np.float32) for name in rows[0] if name not in ids]
         return [row[kind] for row in rows], kind, _side_by_side(tables)
     if file.suffix == ".parquet":
         table = parquet.read_table(file)
     else:
         with pa.memory_map(str(file)) as mapped:
             table = pa.ipc.open_file(mapped).read_all()
-    kind = _names_of(table.column_names)
+    kind = _names_of(table.column_names, ids)
     tables = [found for name in table.column_names if (found := _numbers(table.column(name))) is not None]
     return table.column(kind).to_pylist(), kind, _side_by_side(tables)
 
 
-def _names_of(columns: list[str]) -> str:
-    return next((name for name in NAMES if name in columns), None) or _fail(f"none of the columns {', '.join(NAMES)}")
+def _names_of(columns: list[str], ids: Sequence[str]) -> str:
+    return next((name for name in ids if name in columns), None) or _fail(f"none of the columns {', '.join(ids)}")
 
 
 def _fail(text: str):

@@ -67,7 +67,7 @@ def predict(trained: Path, shards: Path, out: Path, processes: int, *more: str) 
         *more,
         processes=processes,
     )
-    return (out / "test.csv").read_bytes(), (out / "submission.csv").read_bytes()
+    return (out / "test.csv").read_bytes(), (out / "test-submission.csv").read_bytes()
 
 
 def table(path: Path) -> tuple[list[str], list[str], np.ndarray]:
@@ -92,7 +92,7 @@ def test_one_two_and_three_processes_write_the_same_bytes(trained, shards, demo_
 def test_the_submission_is_the_table_above_the_threshold(trained, shards, tmp_path):
     predict(trained, shards, tmp_path, 1, "--threshold", "0.3")
     classes, ids, scores = table(tmp_path / "test.csv")
-    rows = list(csv.DictReader((tmp_path / "submission.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "test-submission.csv").open()))
     assert [row["ImageID"] for row in rows] == ids
     assert [row["Labels"].split() for row in rows] == [
         [c for c, p in zip(classes, row, strict=True) if p > 0.3] for row in scores

@@ -3,13 +3,16 @@
 import io
 import json
 import tarfile
+import unicodedata
 
 import numpy as np
 import pytest
 import webdataset
 from packing import encoded, image_bytes, opened, pack_raw, picture, tree, write_raw
 
+from mlc.data.filters import matches
 from shards import index as verb
+from shards import verify
 from shards.console import run
 from shards.dataset import load_dataset
 from shards.repair import survey
@@ -263,3 +266,23 @@ def test_byte_order_marks_are_no_part_of_the_text(tmp_path):
 def test_what_is_no_tar_yet(tmp_path, capsys, data, says):
     (tmp_path / "x.tar").write_bytes(data)
     assert says in refused(capsys, tmp_path / "out", tmp_path / "x.tar")
+
+
+def test_texts_with_a_byte_order_mark_and_names_that_look_alike(tmp_path):
+    forms = [unicodedata.normalize(form, "No café") for form in ("NFC", "NFD")]
+    contents = [{"labels": [name], "caption": "\ufeffa cup"} for name in forms]
+    samples = [sample(number, json=content) for number, content in enumerate(contents)]
+    samples[1]["txt"] = "\ufeffa cup"
+    assert index_tars(tmp_path / "out", write_tar(tmp_path / "t.tar", samples)) == 0
+    dataset, rows = load_dataset(tmp_path / "out"), opened(tmp_path / "out")
+    assert dataset.classes == (forms[0],) and rows.class_counts().tolist() == [2]
+    assert [rows.caption(0), rows.caption(1)] == ["a cup", "a cup"]
+    assert dataset.columns.separator == "|"  # a blank would cut the name in two
+    assert run(verify.main, [str(tmp_path / "out")]) == 0
+    assert matches(rows, dataset.classes, f'"{forms[1]}" in labels').all()
+
+
+def test_a_class_that_is_called_like_a_column(tmp_path, capsys):
+    tar = write_tar(tmp_path / "t.tar", [sample(0, json={"labels": ["ImageID"]})])
+    assert index_tars(tmp_path / "out", tar) == 2
+    assert "class 'ImageID' is called like a column" in capsys.readouterr().err

@@ -114,7 +114,8 @@ def test_any_caption_and_any_labels_survive(samples):
         write_table(raw / "train.csv", HEADER, rows, csv.QUOTE_ALL if bare_return else csv.QUOTE_MINIMAL)
         assert pack_raw(raw, Path(folder) / "out") == 0
         index = opened(Path(folder) / "out")
-        assert [(index.caption(row), set(index.labels(row).tolist())) for row in range(len(index))] == samples
+        packed = [(caption.lstrip("\ufeff"), labels) for caption, labels in samples]
+        assert [(index.caption(row), set(index.labels(row).tolist())) for row in range(len(index))] == packed
         assert index.targets(range(len(samples))).sum(1).tolist() == [len(labels) for _, labels in samples]
 
 

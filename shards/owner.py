@@ -25,6 +25,7 @@ from pathlib import Path
 
 from shards.console import say
 
+RUN_LOCK = ".training"  # in a run's folder
 BEAT = 5.0  # seconds
 PATIENCE = 60.0  # seconds without a beat that make a holder elsewhere dead: NFS may tell of a file's time so late
 LOOK = 0.1  # seconds between two looks at a lock that is waited for

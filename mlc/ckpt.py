@@ -4,12 +4,11 @@ All of it works on a machine without GPUs and in bounded memory, whatever number
 """
 
 import json
-import os
 import struct
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from shutil import copytree
+from shutil import copyfile, copytree
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from mlc.parallel.storage import Place
 from mlc.resume import at_path, roots
 from mlc.runlog import read_log
 from shards.console import Parser, UserError, progress, say
+from shards.files import whole
 
 # https://github.com/huggingface/safetensors#format
 SAFETENSORS = {
@@ -178,7 +178,7 @@ def export_weights(folder: Place, out: Path, *, ema: bool) -> None:
     write_safetensors(out / "model.safetensors", folder, part, described, folded)
     write_config(meta["export"], out)
     if "fusion" in meta["export"]["mlc"]:
-        copytree(text_of_run(folder, meta["config"]), out / "text", dirs_exist_ok=True)
+        copytree(text_of_run(folder, meta["config"]), out / "text", copy_function=copyfile, dirs_exist_ok=True)
     best = meta["progress"].get("best") or {}
     threshold = best.get("threshold", meta["config"]["threshold"])
     value = best.get("f1_samples@tuned", float("nan"))
@@ -218,13 +218,11 @@ def write_safetensors(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     loaded = checkpoint.read_tensors(folder, [name for name in order if name in described])
-    building = path.with_name(f".{path.name}")
-    with open(building, "wb") as file:
+    with whole(path) as building, open(building, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in order:
             tensor = next(loaded)[1] if name in described else more[name.removeprefix(f"{part}.")]
             file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    os.replace(building, path)
 
 
 def _parser() -> Parser:

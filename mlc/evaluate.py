@@ -28,6 +28,7 @@ from mlc.predict import (
 from mlc.report.plots import contact_sheet
 from mlc.scores import count, finite, print_metrics
 from shards.console import Parser, UserError, say
+from shards.files import whole
 
 
 @launch.peers()
@@ -75,7 +76,8 @@ def main(argv: list[str] | None = None) -> None:
         write_probabilities(folder / f"{options.split}.csv", ids, dataset.classes, scores)
         predicted = thresholds.apply(scores, rule, dataset.classes)
         contact_sheet(folder / f"{options.split}.png", reader, rows, predicted, dataset.classes)
-        (folder / f"{options.split}.json").write_text(json.dumps(finite(results), indent=1) + "\n")
+        with whole(folder / f"{options.split}.json") as building:
+            building.write_text(json.dumps(finite(results), indent=1) + "\n")
         if options.json:
             print(json.dumps(finite(results)))
         else:

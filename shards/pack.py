@@ -24,11 +24,11 @@ from shards.dataset import (
     Split,
     load_dataset,
     open_index,
-    replacing,
     write_dataset,
     write_index,
     write_json,
 )
+from shards.files import replacing
 from shards.image import pack_file
 from shards.plan import Plan, Sample, check_images, make_plan, settle
 from shards.stats import label_summary

@@ -1,7 +1,12 @@
 """Processes that never meet: each would train alone and overwrite the other's files."""
 
+import socket
+from pathlib import Path
+
 import pytest
+from accelerate.commands import launch as of_accelerate
 from accelerate.state import PartialState
+from conftest import ROOT
 
 from mlc import train
 from mlc.parallel import launch
@@ -100,3 +105,24 @@ def test_what_the_first_process_refuses_is_refused_by_all(monkeypatch):
     monkeypatch.setattr(launch.torch.distributed, "broadcast_object_list", told)
     with pytest.raises(UserError, match="held"):
         launch.first_alone(lambda: pytest.fail("it is the first's to do"))
+
+
+LAUNCH_FILES = [ROOT / "accelerate_config.yaml", *sorted((ROOT / "mlc" / "launch").glob("*2.yaml"))]
+LAUNCH_FILES += sorted((ROOT / "mlc" / "launch").glob("zero[13]*.yaml"))
+
+
+@pytest.mark.parametrize("file", LAUNCH_FILES, ids=lambda file: file.stem)
+def test_two_launches_do_not_meet(file: Path, monkeypatch):
+    """Each takes a port that is free; with a fixed one the second dies of `EADDRINUSE`."""
+    ports = []
+    monkeypatch.setattr("torch.distributed.run.run", lambda args: ports.append(int(args.master_port)))
+
+    def start() -> None:
+        of_accelerate.launch_command(
+            of_accelerate.launch_command_parser().parse_args(["--config_file", str(file), "train.py"])
+        )
+
+    start()
+    with socket.create_server(("", ports[0])):  # the first is running
+        start()
+    assert ports[0] != ports[1] and 29500 not in ports

@@ -8,7 +8,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -65,6 +65,8 @@ def few(names: Sequence[str], limit: int = 12) -> str:
 
 def run(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:
     """Runs a verb; a user's mistake becomes one line and exit code 2, Ctrl-C exit code 130."""
+    with suppress(AttributeError):  # somebody's own stream
+        sys.stdout.reconfigure(line_buffering=True)  # what was said is in the log of a job that is killed
     try:
         return main(argv) or 0
     except UserError as error:

@@ -3,12 +3,11 @@
 All of it works on a machine without GPUs and in bounded memory, whatever number of processes wrote the checkpoint.
 """
 
-import os
 import struct
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from shutil import copytree
+from shutil import copyfile, copytree
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from mlc.parallel.storage import Place
 from mlc.resume import at_path, roots
 from mlc.runlog import read_log
 from shards.console import Parser, UserError, progress, say, shown
+from shards.files import whole
 from shards.json_text import to_json
 
 # https://github.com/huggingface/safetensors#format
@@ -178,7 +178,7 @@ def export_weights(folder: Place, out: Path, *, ema: bool) -> None:
     write_safetensors(out / "model.safetensors", folder, part, described, folded)
     write_config(meta["export"], out)
     if "fusion" in meta["export"]["mlc"]:
-        copytree(text_of_run(folder, meta["config"]), out / "text", dirs_exist_ok=True)
+        copytree(text_of_run(folder, meta["config"]), out / "text", copy_function=copyfile, dirs_exist_ok=True)
     best = meta["progress"].get("best") or {}
     threshold = best.get("threshold", meta["config"]["threshold"])
     value = best.get("f1_samples@tuned", float("nan"))
@@ -220,13 +220,11 @@ def write_safetensors(
     text = to_json(header).encode()
     text += b" " * (-len(text) % 8)
     loaded = checkpoint.read_tensors(folder, [name for name in order if name in described])
-    building = path.with_name(f".{path.name}")
-    with open(building, "wb") as file:
+    with whole(path) as building, open(building, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in order:
             tensor = next(loaded)[1] if name in described else more[name.removeprefix(f"{part}.")]
             file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    os.replace(building, path)
 
 
 def _parser() -> Parser:

@@ -29,6 +29,7 @@ from mlc.predict import (
 from mlc.report.plots import contact_sheet
 from mlc.scores import add_zero_division, count, print_metrics, zero_division
 from shards.console import Parser, UserError, say
+from shards.files import whole
 from shards.json_text import to_json
 
 
@@ -82,7 +83,8 @@ def main(argv: list[str] | None = None) -> None:
         write_probabilities(folder / file, ids, dataset.classes, scores)
         predicted = thresholds.apply(scores, rule, dataset.classes)
         contact_sheet(folder / f"{options.split}.png", reader, rows, predicted, dataset.classes)
-        (folder / f"{options.split}.json").write_text(to_json(results, indent=1) + "\n")
+        with whole(folder / f"{options.split}.json") as building:
+            building.write_text(to_json(results, indent=1) + "\n")
         if options.json:
             print(to_json(results))
         else:

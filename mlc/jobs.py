@@ -4,7 +4,6 @@ A job's folder holds `settings.yaml`, what it printed (`output.log`) and how lon
 (`seconds`, one line each); these say what became of it, whoever started it: this module or slurm/sweep.sbatch.
 """
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -15,7 +14,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from shards import owner
+from shards.owner import RUN_LOCK
+
 OUTPUT, SECONDS, SETTINGS = "output.log", "seconds", "settings.yaml"
+LOCK = ".job"  # of the program that started a training, besides the training's own
 FINISHED = ("done; weights in ", " is finished at ")  # what train.py says at the end of a run, or to one that is over
 
 
@@ -76,8 +79,8 @@ def work(
                     waiting.remove(job)
                     try:
                         running[slot] = _Process(job, launch_file, _environment(at_once, gpus, slot))
-                    except BlockingIOError:
-                        unfinished[job.folder] = "left to another process, which is training it now"
+                    except owner.Held as held:
+                        unfinished[job.folder] = f"left to {held}, which is training it now"
                 if not (running or ready):  # what is left needs a run that failed
                     break
                 time.sleep(0.1)
@@ -103,9 +106,12 @@ class _Process:
     def __init__(self, job: Job, launch_file: Path | None, environment: dict[str, str]):
         self.job, self._begin, self._over = job, time.monotonic(), False
         output = job.folder / OUTPUT
+        self._lock = owner.take(job.folder / LOCK)
+        if training := owner.holder(job.folder / RUN_LOCK):  # begun by one of us that was killed, or by hand
+            self._lock.close()
+            raise owner.Held(training)
         self._offset = output.stat().st_size if output.exists() else 0
         with output.open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the child keeps it, even if we are killed
             (job.folder / "STOP").unlink(missing_ok=True)
             self._process = subprocess.Popen(
                 command(job.folder, launch_file),
@@ -119,6 +125,7 @@ class _Process:
     def over(self) -> bool:
         if not self._over and self._process.poll() is not None:
             self._over = True
+            self._lock.close()
             with (self.job.folder / SECONDS).open("a") as file:
                 file.write(f"{time.monotonic() - self._begin:.1f}\n")
         return self._over

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mlc.flags import read_config
 from shards.console import Parser, UserError, did_you_mean, say
+from shards.files import disk_errors, whole
 
 FOLDER = Path(__file__).parent / "sbatch"  # slurm/ of the repository, as package data
 LAUNCH = Path(__file__).parent / "launch"
@@ -50,10 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if not shutil.which("sbatch"):
         raise UserError(NO_SBATCH)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{options.job}.sbatch"
-    file.write_text(script)
-    submit(file)
+    submit(_written(folder / f"{options.job}.sbatch", script))
     return 0
 
 
@@ -106,10 +104,15 @@ def submit_array(
     if options.dry_run:
         print(script, end="")
         return "JOB"
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / (f"{job}-after-{after}.sbatch" if after else f"{job}.sbatch")
-    file.write_text(script)
-    return submit(file)
+    return submit(_written(folder / (f"{job}-after-{after}.sbatch" if after else f"{job}.sbatch"), script))
+
+
+def _written(file: Path, script: str) -> Path:
+    with disk_errors(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    with whole(file) as building:
+        building.write_text(script)
+    return file
 
 
 def submit(file: Path) -> str:

@@ -11,7 +11,7 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from shutil import copytree
+from shutil import copyfile, copytree
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -226,7 +226,7 @@ def _write(
     write_config(info, out)
     text = next(iter(named.values())) / "text"
     if text.is_dir():
-        copytree(text, out / "text", dirs_exist_ok=True)
+        copytree(text, out / "text", copy_function=copyfile, dirs_exist_ok=True)
     own = [named[name] / "thresholds.json" for name in kept]
     given = [thresholds.load(path)["global"] for path in own if path.is_file()]
     threshold, value = (float(np.mean(given)) if given else 0.5), math.nan

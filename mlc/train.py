@@ -78,6 +78,7 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
     accelerator = launch.start(settings.amp_dtype, group=choice.divided)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     folder = Path(settings.output) / (settings.experiment or f"{settings.model}-{settings.img_size}")
+    launch.own(folder)
     start = resume.find(settings, folder)
 
     # ---- Data --------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ ReturnToService=2
 KillWait=2
 SchedulerParameters=batch_sched_delay=0,sched_interval=2
 MessageTimeout=60
-BatchStartTimeout=60
+BatchStartTimeout=600
 FirstJobId=$((1 + RANDOM % 15000))
 NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 1)) CPUs=64 Gres=gpu:4
 NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 2)) CPUs=64 Gres=gpu:4
@@ -62,7 +62,7 @@ start() {
   slurmctld
   slurmd -N n1
   slurmd -N n2
-  for _ in $(seq 300); do
+  for _ in $(seq 3000); do
     [ "$(sinfo --noheader --format '%D %T' 2>/dev/null)" = "2 idle" ] && return
     sleep 0.2
   done

@@ -9,7 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -76,6 +76,8 @@ def plural(count: int, noun: str, nouns: str = "") -> str:
 
 def run(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:
     """Runs a verb; a user's mistake becomes one line and exit code 2, Ctrl-C exit code 130."""
+    with suppress(AttributeError):  # somebody's own stream
+        sys.stdout.reconfigure(line_buffering=True)  # what was said is in the log of a job that is killed
     try:
         return main(argv) or 0
     except UserError as error:

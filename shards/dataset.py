@@ -7,9 +7,7 @@ number of rows, and all worker processes share the same pages.
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +19,7 @@ import pyarrow as pa
 from shards import urls
 from shards.cells import free_separator
 from shards.console import UserError, did_you_mean
-from shards.files import check_download
+from shards.files import check_download, replacing
 from shards.json_text import to_json
 from shards.table import USUAL_COLUMNS, Columns
 
@@ -371,19 +369,6 @@ def write_index(path: Path, columns: Mapping[str, Sequence]) -> None:
     batch = pa.record_batch(arrays, schema=SCHEMA)
     with replacing(path) as temporary, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
         writer.write_batch(batch)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path that becomes `path` when the block ends well: a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())  # a rename that survives a power cut must not outlive its data
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,11 +1,15 @@
 """Writing files so that a crash or a full disk never leaves half of one under its name, and is one line to the user."""
 
+import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from shards.console import UserError
+
+ABANDONED = 3600.0  # seconds that nobody has written to a file under construction: its program was killed
 
 
 @contextmanager
@@ -17,15 +21,41 @@ def whole(path: Path, *failures: type[Exception]) -> Iterator[Path]:
     Raises:
         UserError: the disk is full, read-only or broken.
     """
-    building = path.with_name(f".{path.name}.tmp")
-    with disk_errors(path, *failures):
-        try:
-            yield building
-            building.replace(path)
-        except BaseException:
-            with suppress(OSError):
-                building.unlink(missing_ok=True)
-            raise
+    with disk_errors(path, *failures), replacing(path) as building:
+        yield building
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """`whole`, for who has an answer of its own to an OSError.
+
+    The file has the mode that the umask (or the folder) gives a new one, whatever the library that writes it thinks:
+    safetensors lets nobody but the owner read.
+    """
+    _forget_abandoned(path)
+    building = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        building.touch()
+        mode = building.stat().st_mode
+        yield building
+        if building.stat().st_mode != mode:
+            building.chmod(mode)
+        with open(building, "rb") as file:
+            os.fsync(file.fileno())  # a rename that survives a power cut must not outlive its data
+        building.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            building.unlink(missing_ok=True)
+        raise
+
+
+def _forget_abandoned(path: Path) -> None:
+    prefix = f".{path.name}."
+    with suppress(OSError):
+        for name in os.listdir(path.parent):
+            file = path.with_name(name)
+            if name.startswith(prefix) and name.endswith(".tmp") and time.time() - file.stat().st_mtime > ABANDONED:
+                file.unlink()
 
 
 @contextmanager

@@ -6,16 +6,16 @@ one. A run that was killed leaves its finished shards there, and the same comman
 
 import argparse
 import errno
-import fcntl
 import json
 import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from shards import owner
 from shards.console import Parser, UserError, progress, say
 from shards.dataset import (
     JSON_NAME,
@@ -24,11 +24,11 @@ from shards.dataset import (
     Split,
     load_dataset,
     open_index,
-    replacing,
     write_dataset,
     write_index,
     write_json,
 )
+from shards.files import replacing
 from shards.image import pack_file
 from shards.json_text import to_json
 from shards.plan import Plan, Sample, check_images, make_plan, settle
@@ -202,14 +202,13 @@ def _building(partial: Path, plan: str, bad_images: dict[str, str]) -> Iterator[
         raise UserError(f"{partial} is in the way and not from mlc pack; move it away")
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        lock = open(partial / "lock", "w")  # noqa: SIM115
+        (partial / "lock").touch()
+        lock = owner.take(partial / "lock")
+    except owner.Held as held:
+        raise UserError(f"another mlc pack is writing {partial}: {held}; wait for it or stop it; {held.fix}") from None
     except OSError as error:
         raise UserError(f"cannot write {partial}: {error.strerror}") from None
-    with lock, _clear_disk_errors(partial):
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another mlc pack is writing {partial}; wait for it or stop it") from None
+    with closing(lock), _clear_disk_errors(partial):
         if _noted(partial, plan) is None:
             for name in ("pack", "parts"):
                 shutil.rmtree(partial / name, ignore_errors=True)

@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from shards.console import UserError
-from shards.dataset import SCHEMA, Dataset, Index, Shard, Split, open_index, replacing, write_dataset, write_index
+from shards.dataset import SCHEMA, Dataset, Index, Shard, Split, open_index, write_dataset, write_index
+from shards.files import replacing
 from shards.image import BadImage, check_image, open_image
 from shards.index import Sidecar, column_of, read_sidecar
 from shards.pack import PLAN_NAME, write_companions

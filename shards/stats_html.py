@@ -16,8 +16,9 @@ from markupsafe import Markup
 
 from shards import stats_sections as sections
 from shards.console import UserError, say
-from shards.dataset import Dataset, open_index, replacing
+from shards.dataset import Dataset, open_index
 from shards.duplicates import find_copies
+from shards.files import replacing
 from shards.pictures import survey, thumbnails
 from shards.stats import overview
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from shards import owner
 from shards.console import UserError, did_you_mean, say
 
 PROTOCOLS = ("http", "https", "s3", "hf")
@@ -165,15 +166,13 @@ def _download_whole(url: str, to: Path, size: int | None) -> None:
 
 def mirror(url: str, folder: Path) -> Path:
     """A local copy of one file, fetched when it is not there or has changed; one process on a node fetches it."""
-    from filelock import FileLock
-
     size, mark = identity(url)
     stem, dot, ext = url.rpartition("/")[2].partition(".")
     path = folder / f"{stem}-{hashlib.sha256(mark.encode()).hexdigest()[:12]}{dot}{ext}"
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
+    with owner.owned(path.with_name(f"{path.name}.lock")):
         if not path.exists():
             part = path.with_name(f"{path.name}.part")
             part.unlink(missing_ok=True)  # nothing would find out that the rest of a killed download is damaged

@@ -6,6 +6,7 @@ has already taken over.
 
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +15,8 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 from shards.console import UserError
+
+LOCKS = 8  # of a worker and its queues, about
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -35,6 +38,7 @@ def spread(function: Callable[[Task], Result], tasks: Iterable[Task], workers: i
         yield from map(function, tasks)
         return
     context = multiprocessing.get_context("spawn")
+    need_locks("-j", workers, alone=1)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     try:
         yield from pool.map(function, tasks)
@@ -42,6 +46,32 @@ def spread(function: Callable[[Task], Result], tasks: Iterable[Task], workers: i
         raise UserError("a worker process died, perhaps for want of memory; run again with a smaller -j") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def need_locks(flag: str, workers: int, *, alone: int) -> None:
+    """Processes that work together need locks, which are files of /dev/shm (sem_open).
+
+    Raises:
+        UserError: a container has none, or has it full or read-only. `flag` asked for the processes; its value `alone`
+            does without.
+    """
+    context = multiprocessing.get_context("spawn")
+    try:
+        _ = [context.Lock() for _ in range(LOCKS * (workers + 1))]
+    except OSError as error:
+        raise UserError(
+            f"{flag} {workers}: /dev/shm cannot be written ({error.strerror}; {free_shm()}), and processes need it to "
+            f"work together; mount it writable and with room, or {flag} {alone}"
+        ) from error
+
+
+def free_shm() -> str:
+    """`12 of 64 MB free`, of /dev/shm."""
+    try:
+        space = shutil.disk_usage("/dev/shm")
+    except OSError:
+        return "there is none"
+    return f"{space.free / 1e6:.0f} of {space.total / 1e6:.0f} MB free"
 
 
 def _start_worker() -> None:

@@ -90,8 +90,6 @@ def command(*argv: str, processes: int = 1) -> list[str]:
         str(ROOT / "accelerate_config.yaml"),
         "--num_processes",
         str(processes),
-        "--main_process_port",
-        "0",
         *argv,
     ]
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import psutil
 from conftest import log_of
 
+PATIENCE = 900.0  # seconds: says only when to give up, on a machine of any speed
+
 
 def ranks(run: Path) -> list[psutil.Process]:
     """The training processes of a run that has begun, and neither their launchers nor srun."""
@@ -23,7 +25,7 @@ def alive(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
-def wait_for_step(run: Path, step: int, seconds: float = 300) -> None:
+def wait_for_step(run: Path, step: int, seconds: float = PATIENCE) -> None:
     deadline = time.monotonic() + seconds
     log = run / "log.jsonl"
     while not log.exists() or max((line["step"] for line in log_of(run)), default=0) < step:
@@ -32,7 +34,7 @@ def wait_for_step(run: Path, step: int, seconds: float = 300) -> None:
         time.sleep(0.02)
 
 
-def wait_until(true, seconds: float = 300) -> None:
+def wait_until(true, seconds: float = PATIENCE) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline

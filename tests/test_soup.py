@@ -1,6 +1,7 @@
 """`mlc soup`: the mean is the mean, the greedy one leaves garbage out, and what comes out is a model like any other."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from conftest import TINY
 from safetensors.torch import load_file, save_file
 
-from mlc import soup, train
+from mlc import features, soup, train
 from mlc.ckpt import export_weights
 from mlc.predict import main as predict
 from mlc.resume import at_path
@@ -170,3 +171,29 @@ def test_the_soup_does_not_overwrite_an_ingredient(trained, tmp_path):
     other = changed(trained / "best", tmp_path / "other", noisy(0, 0.1))
     with pytest.raises(UserError, match="is one of the models"):
         soup.main([str(trained), str(other), "--out", str(other)])
+
+
+def modes(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): oct(path.stat().st_mode & 0o777) for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_every_file_of_a_run_and_of_what_follows_has_the_mode_of_the_umask(trained, shards, tmp_path, umask):
+    """A colleague, or a web server, reads them."""
+    before = os.umask(umask)
+    try:
+        data = ["--data", str(shards), "-j", "0"]
+        predict(["--run", str(trained), *data, "--split", "test", "--out", str(tmp_path / "predictions")])
+        export_weights(at_path(str(trained))[0], tmp_path / "exported", ema=False)
+        soup.main([*[str(trained / which) for which in ("best", "last")], "--out", str(tmp_path / "soup")])
+        features.main(["--run", str(trained), *data, "--split", "test", "--out", str(tmp_path / "f.arrow")])
+    finally:
+        os.umask(before)
+    written = modes(tmp_path)
+    assert {"predictions/test.csv", "exported/model.safetensors", "soup/model.safetensors"} <= written.keys()
+    wrong = {name: mode for name, mode in written.items() if int(mode, 8) not in (0o666 & ~umask, 0o777 & ~umask)}
+    assert not wrong
+    of_the_run = {
+        name: mode for name, mode in (modes(trained) | modes(shards)).items() if mode not in ("0o644", "0o755")
+    }
+    assert before != 0o022 or not of_the_run

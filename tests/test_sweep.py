@@ -1,7 +1,6 @@
 """`mlc sweep`: what a file means, what runs and in which order, and the numbers it ends in."""
 
 import csv
-import fcntl
 import json
 import os
 import signal
@@ -22,6 +21,7 @@ from mlc.config import Config
 from mlc.flags import write_yaml
 from mlc.report import sweep as report
 from mlc.sweeps import packaged, read
+from shards import owner
 from shards.console import run as run_verb
 
 TINY = {
@@ -123,12 +123,12 @@ def test_a_run_waits_for_the_one_it_needs(tmp_path, monkeypatch):
     assert begun[1] > begun[0] + jobs.seconds(teacher) - 0.2
 
 
-def test_two_sweeps_do_not_train_the_same_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("lock", [jobs.LOCK, owner.RUN_LOCK], ids=["another sweep", "a training whose sweep is gone"])
+def test_two_sweeps_do_not_train_the_same_run(lock, tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, "command", lambda folder, launch_file: child(folder, "run"))
     mine, theirs, after = folders(tmp_path, 3)
     given = [jobs.Job(theirs), jobs.Job(after, (theirs,)), jobs.Job(mine)]
-    with (theirs / "output.log").open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with owner.owned(theirs / lock):
         left = jobs.work(given, at_once=1, launch_file=None, gpus=[], say=lambda text: None)
     assert {folder.name: reason[:7] for folder, reason in left.items()} == {
         theirs.name: "left to",

@@ -38,7 +38,7 @@ from shards.console import run
 
 WORLD = 2
 STEPS = 12  # of 8 samples: two epochs of the 48
-BOUND = 60.0  # seconds from the fault, or from the start of a resume, in which all processes must have ended
+BOUND = 60.0  # seconds from the start, on an idle machine, in which all processes must have ended
 DISK = "64m"
 TIMED = ("train/img_per_sec", "data/wait_frac", "sys/mem_gb", "ckpt/blocked_s", "ckpt/write_s")
 TINY = ["embed_dim=8", "depths=[1,1]", "num_heads=[1,2]", "window_size=4"]
@@ -47,10 +47,12 @@ _NEW_MOUNTS, _SUBREAPER = 0x20000, 36  # <sched.h>, <sys/prctl.h>
 
 @dataclass(kw_only=True)
 class Outcome:
-    """How the processes of one world ended: exit codes (negative: a signal), seconds, what each printed last."""
+    """How the processes of one world ended: exit codes (negative: a signal), seconds, those of computing by one rank,
+    what each printed last."""
 
     codes: list[int | None]
     seconds: float
+    computing: float
     printed: list[str]
 
     @property
@@ -68,6 +70,7 @@ class Bench:
     def __init__(self, root: Path, *, pause: float = 20.0):
         """root: an empty folder; pause: seconds that a SIGSTOP lasts."""
         self.root, self.pause, self._number = root, pause, 0
+        self.slowness = 1.0  # how much longer the machine takes than one that has nothing else to do
         self.mounts = _alone()
         _make_data(root)
         self._straight = Place(disk=root / "straight", data=root / "shards", mark=root / "none", mounts=False)
@@ -75,6 +78,7 @@ class Bench:
         for main, argv in ((train.main, self._training), (predict.main, self._predicting)):
             done = self._world(main, argv(self._straight), self._straight, None)
             assert done.codes == [0] * WORLD, done.printed
+            self.slowness = max(self.slowness, done.seconds / done.computing)
         self.trained, self.predicted = _trained(self._straight.disk), _predicted(self._straight.disk)
 
     def trial(self, fault: Fault) -> dict[str, Any]:
@@ -151,11 +155,11 @@ class Bench:
 
     def _note(self, found: dict[str, Any], done: Outcome, fault: Fault, place: Place) -> None:
         last = [text.replace(f"{place.mark.parent}/", "") for text in done.last]
-        found |= {"codes": done.codes, "last": last, "seconds": round(done.seconds, 2)}
+        found |= {"codes": done.codes, "last": last, "seconds": round(done.seconds / self.slowness, 2)}
         if not place.mark.exists():
             raise _Problem(f"the moment never came; {done.codes}: {done.last}")
         if None in done.codes:
-            raise _Problem(f"rank {done.codes.index(None)} hung for {BOUND:.0f} s: {done.tails}")
+            raise _Problem(f"rank {done.codes.index(None)} hung for {BOUND * self.slowness:.0f} s: {done.tails}")
         if all("another process failed" in last for last in done.last):
             raise _Problem(f"each rank blames the other: {done.tails}")
         for rank, (code, text, last) in enumerate(zip(done.codes, done.printed, done.last, strict=True)):
@@ -178,27 +182,30 @@ class Bench:
             if not pid:
                 _member(rank, port, log, main, argv, fault, place)
             ranks.append(pid)
-        codes, end = self._watch(ranks, begin, place.mark)
+        codes, end, computing = self._watch(ranks, begin, place.mark)
         struck = float(place.mark.read_text()) if fault and place.mark.exists() else begin
-        return Outcome(codes=codes, seconds=end - struck, printed=[log.read_text() for log in logs])
+        printed = [log.read_text() for log in logs]
+        return Outcome(codes=codes, seconds=end - struck, computing=computing / WORLD, printed=printed)
 
-    def _watch(self, ranks: list[int], begin: float, mark: Path) -> tuple[list[int | None], float]:
-        """Exit codes, None for a rank that had to be killed, and the time at which the last descendant was gone."""
+    def _watch(self, ranks: list[int], begin: float, mark: Path) -> tuple[list[int | None], float, float]:
+        """Exit codes, None for a rank that had to be killed; when the last descendant was gone; seconds computing."""
         codes: dict[int, int | None] = {}
         go_on: dict[int, float] = {}
+        computing = 0.0
         while True:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
+                pid, status, used = os.wait4(-1, os.WNOHANG | os.WUNTRACED)
             except ChildProcessError:
-                return [codes[pid] for pid in ranks], time.time()
+                return [codes[pid] for pid in ranks], time.time(), computing
             if pid and os.WIFSTOPPED(status):
                 go_on[pid] = time.time() + self.pause
             elif pid:
                 codes.setdefault(pid, os.waitstatus_to_exitcode(status))
+                computing += used.ru_utime + used.ru_stime
             for stopped in [p for p, when in go_on.items() if time.time() > when]:
                 os.kill(stopped, signal.SIGCONT)
                 del go_on[stopped]
-            if time.time() > begin + BOUND + self.pause:
+            if time.time() > begin + BOUND * self.slowness + self.pause:
                 _kill(ranks, codes)
             if not pid:
                 time.sleep(0.01)

@@ -29,8 +29,8 @@ from mlc.parallel import compiler
 from shards.console import run
 
 LAUNCH = Path(train.__file__).parent / "launch"
-LONGEST = 300.0  # seconds of a world
-GRACE = 3.0  # seconds that the others have once one has failed; torchrun's are 30
+LONGEST = 900.0  # seconds of a world: says only when to give up
+GRACE = 30.0  # seconds that the others have once one has failed, as under torchrun; who stands still has none
 
 
 def started(config: str) -> tuple[int, dict[str, str]]:
@@ -147,10 +147,15 @@ def ended(children: list[int]) -> list[int]:
                 codes[child] = os.waitstatus_to_exitcode(status)
                 if codes[child]:
                     deadline = min(deadline, time.monotonic() + GRACE)
-            elif time.monotonic() > deadline:
+            elif time.monotonic() > deadline or (any(codes.values()) and standing_still(child)):
                 os.kill(child, signal.SIGKILL)
         time.sleep(0.01)
     return [codes[child] for child in children]
+
+
+def standing_still(child: int) -> bool:
+    """By SIGSTOP, so it cannot end by itself."""
+    return Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 if __name__ == "__main__":

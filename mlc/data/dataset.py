@@ -6,6 +6,7 @@ which rank or worker met the damage. In evaluation it is marked as not valid.
 """
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -25,6 +26,7 @@ from shards.image import BadImage
 
 Batch = dict[str, torch.Tensor]
 PREFETCH = 4  # batches that each worker makes ahead
+SHM_FIX = "give the container more /dev/shm (docker run --shm-size 8g), or try fewer --workers (0: none)"
 TRIES = 1000  # positions looked at for a neighbour; fewer rows than that, all bad, are no data set
 
 
@@ -205,10 +207,40 @@ class Buffers:
         if get_worker_info() is None:
             return torch.empty(shape, dtype=torch.uint8)
         if not self._made or self._made[0].shape != shape:
-            storages = (torch.UntypedStorage._new_shared(math.prod(shape)) for _ in range(PREFETCH + 3))
+            storages = (shared_memory(math.prod(shape)) for _ in range(PREFETCH + 3))
             self._made = [torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape) for storage in storages]
         self._turn = (self._turn + 1) % len(self._made)
         return self._made[self._turn]
+
+
+def shared_memory(size: int) -> torch.UntypedStorage:
+    """`size` bytes that another process can map when they are sent to it.
+
+    Not from /dev/shm, of which a container has 64 MB unless it is told otherwise: two workers' buffers at 256 pixels
+    are more than that. Linux has the same memory without a name, of which there is as much as there is memory.
+
+    Raises:
+        UserError: the system gives neither.
+    """
+    try:
+        return _unnamed(size)
+    except (AttributeError, OSError):  # another system, or one that forbids it
+        pass
+    try:
+        return torch.UntypedStorage._new_shared(size)
+    except RuntimeError as error:
+        raise UserError(f"{size / 1e6:.0f} MB of shared memory for a batch: {error}; {SHM_FIX}") from error
+
+
+def _unnamed(size: int) -> torch.UntypedStorage:
+    file = os.memfd_create("mlc")
+    try:
+        os.ftruncate(file, size)
+        return torch.UntypedStorage._new_shared_fd_cpu(file, size)  # which keeps a descriptor of its own
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
+    finally:
+        os.close(file)
 
 
 class BadSamples:

@@ -7,6 +7,7 @@ meets the same neighbours.
 """
 
 import ctypes
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,11 +18,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from mlc.data.dataset import PREFETCH, Batch, EvalDataset, TrainDataset
+from mlc.data.dataset import PREFETCH, SHM_FIX, Batch, EvalDataset, TrainDataset
 from shards.console import UserError, plural
+from shards.workers import free_shm, need_locks
 
 ON_THE_HOST = ("position", "source", "bad")  # what only the host asks for; asking the device would wait for it
-WORKER = "DataLoader worker"  # so begin PyTorch's messages when one has ended
+WORKER = "DataLoader worker"
+_ENDED = re.compile(rf"{WORKER} (\(pid|ended)")  # so begin PyTorch's messages, and ours, when one has ended
 _MIXING = {2: "mixing pairs samples on a device", 4: "splicemix takes four samples of a device"}
 _PDEATHSIG = 1  # <sys/prctl.h>
 
@@ -108,7 +111,11 @@ def load(
     dataset: TrainDataset | EvalDataset, positions: Iterator, *, workers: int, device: torch.device
 ) -> Iterator[Batch]:
     """Batches of `positions`, in order, made by `workers` processes (0: in this one); keep at most three of them, see
-    `Buffers`."""
+    `Buffers`.
+
+    Raises:
+        UserError: /dev/shm cannot be written.
+    """
     batches = DataLoader(
         dataset,
         batch_sampler=positions,
@@ -118,6 +125,8 @@ def load(
         prefetch_factor=PREFETCH if workers else None,
         worker_init_fn=_die_with_parent,
     )
+    if workers:
+        need_locks("--workers", workers, alone=0)
     return map(_as_tensors, batches)
 
 
@@ -143,14 +152,25 @@ def readers():
     try:
         yield
     except RuntimeError as error:
-        if WORKER not in str(error):
+        if not _ENDED.match(str(error)):
             raise
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or PyTorch says it again, in the middle of the next line
-        reason = " ".join(str(error).split()).rstrip(".")
+        reason = " ".join(str(error).partition(". ")[0].split()).rstrip(".")
         raise UserError(
-            f"a process that reads images ended: {reason}; mostly memory is short: fewer --workers or a smaller "
-            "--batch-size, then start again (a training with --resume auto)"
+            f"a process that reads images ended: {reason}; {_why(reason)}, then start again (a training with "
+            "--resume auto)"
         ) from None
+
+
+def _why(reason: str) -> str:
+    """What a worker mostly dies of: the kernel kills for want of memory, and answers with SIGBUS where a page that is
+    mapped cannot be had."""
+    if "Bus error" not in reason:
+        return "mostly memory is short: fewer --workers or a smaller --batch-size"
+    return (
+        f"/dev/shm is full ({free_shm()}), or a file of the data set was cut or cannot be read: {SHM_FIX}; `mlc "
+        "verify` finds damaged data"
+    )
 
 
 class Waiting:

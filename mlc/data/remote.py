@@ -15,12 +15,11 @@ import time
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from mlc.data.reader import TarReader
-from shards import urls
+from shards import owner, urls
 from shards.console import UserError
 from shards.dataset import JSON_NAME, Index, Shard
 from shards.image import BadImage
@@ -148,7 +147,7 @@ class ShardCache:
         part = path.with_name(f"{path.stem}.{shard.size}.part")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{path}.lock"):
+            with owner.owned(_lock(path)):
                 if not path.exists():
                     self._reserve(shard, part)
                     self._download(shard, source, part)
@@ -184,7 +183,7 @@ class ShardCache:
                 f"({shard.size / 1e9:.3g} GB); give at least that for every process"
             )
         while True:
-            with FileLock(self.folder / "room.lock"):
+            with owner.owned(self.folder / "room.lock"):
                 if part.exists() or self._make_room(shard.size):
                     part.touch()
                     return
@@ -212,16 +211,20 @@ def _status(path: Path) -> tuple[float, int, Path]:
 
 
 def _delete(path: Path) -> bool:
-    """False for a download that is going on; one whose lock is free was killed."""
+    """False for a download that is going on; one whose lock nobody holds was killed."""
     if path.suffix == ".tar":
         path.unlink(missing_ok=True)  # who has it open reads on
         return True
     try:
-        with FileLock(path.with_name(f"{path.name.split('.')[0]}.tar.lock"), blocking=False):
+        with closing(owner.take(_lock(path.with_name(f"{path.name.split('.')[0]}.tar")))):
             path.unlink(missing_ok=True)
         return True
-    except Timeout:
+    except owner.Held:
         return False
+
+
+def _lock(path: Path) -> Path:
+    return path.with_name(f"{path.name}.lock")
 
 
 def copy_rest(source: Path, to: Path) -> None:

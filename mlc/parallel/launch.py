@@ -10,15 +10,20 @@ import random
 import re
 import sys
 import warnings
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+from mlc.parallel.preempt import stop_with_launcher
 from mlc.parallel.srun import join_srun
+from shards import owner
 from shards.console import UserError
+from shards.files import disk_errors
 
 # By these Accelerate would divide the model itself; see mlc/parallel/strategy.py.
 _OF_ACCELERATE = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
@@ -116,9 +121,10 @@ def set_timeout(seconds: float, *groups: torch.distributed.ProcessGroup) -> None
 @contextmanager
 def peers():
     """Around a program: knows the other processes when `srun` started them, and when one of them fails or hangs, this
-    one says so in a line and ends.
+    one says so in a line and ends; as it does when the launcher is killed. What it came to own it owns no longer after.
     """
     join_srun()
+    stop_with_launcher()
     try:
         yield
     except RuntimeError as error:
@@ -126,6 +132,60 @@ def peers():
             print(f"[rank {os.environ.get('RANK', 0)}] stopped: {reason}", file=sys.stderr, flush=True)
             os._exit(1)  # the process group is broken: an orderly exit would wait for the others
         raise
+    finally:
+        _disown()
+
+
+_owned: dict[Path, list[Path]] = {}  # {a run's folder: the folders that had to be made for its lock}
+_locks: list[owner.Lock] = []  # of the first process
+
+
+def own(folder: Path) -> None:
+    """From here to the end of the program (`peers`) this run alone writes into its folder; all processes call it.
+
+    Raises:
+        UserError: on all of them, where another run is training there.
+    """
+    if folder not in _owned:
+        _owned[folder] = [path for path in (folder, *folder.parents) if not path.exists()]
+        first_alone(lambda: _take(folder))
+
+
+def _take(folder: Path) -> None:
+    try:
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            _locks.append(owner.take(folder / owner.RUN_LOCK))
+    except owner.Held as held:
+        raise UserError(
+            f"{folder} is in training already, by {held}; `touch {folder}/STOP` saves and stops that ({held.fix}), or "
+            "choose another --experiment"
+        ) from None
+
+
+def _disown() -> None:
+    """A folder that stayed empty, for want of a run that could begin, is taken away again."""
+    while _locks:
+        _locks.pop().close()
+    made = [path for paths in _owned.values() for path in paths]
+    _owned.clear()
+    for path in made if os.environ.get("RANK", "0") == "0" else ():
+        with suppress(OSError):
+            path.rmdir()
+
+
+def first_alone(action: Callable[[], None]) -> None:
+    """The first process does it; the UserError that it meets is raised on all."""
+    refused = [""]
+    if int(os.environ.get("RANK", 0)) == 0:
+        try:
+            action()
+        except UserError as error:
+            refused = [str(error)]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(refused, src=0)
+    if refused[0]:
+        raise UserError(refused[0])
 
 
 def _lost(error: str) -> str:

@@ -1,4 +1,5 @@
-"""One flag that says stop: a signal, Ctrl-C, a file `STOP` in the run's folder, or the end of a Slurm allocation.
+"""One flag that says stop: a signal, Ctrl-C, a file `STOP` in the run's folder, the end of a Slurm allocation, or that
+of the launcher.
 
 A signal reaches one process, and not all at the same step; so each process only offers its flag to the all-reduce that
 the step does anyway, and all of them act on the sum, at the same step.
@@ -7,11 +8,17 @@ the step does anyway, and all of them act on the sum, at the same step.
 import math
 import os
 import signal
+import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from shards.console import UserError
 
+LOOK = 1.0  # seconds between two looks for the launcher
+_WATCH = "launcher"
+_SHELLS = ("bash", "csh", "dash", "fish", "ksh", "sh", "tcsh", "zsh")
 BEFORE_END = 300.0  # seconds: a last step and a checkpoint, with room for a slow disk
 
 
@@ -70,3 +77,34 @@ def _seconds(name: str, default: float) -> float:
         return float(os.environ.get(name) or default)
     except ValueError:
         raise UserError(f"{name}={os.environ[name]} is not a number of seconds") from None
+
+
+def stop_with_launcher() -> None:
+    """When the launcher that started this process is killed, it gets the SIGTERM that a launcher sends otherwise: it
+    saves and stops, or ends where there is nothing to save. Without that it would go on unseen, beside those that the
+    next launch starts."""
+    parent = os.getppid()
+    if _is_launcher(parent) and _WATCH not in {thread.name for thread in threading.enumerate()}:
+        threading.Thread(target=_watch, args=[parent], name=_WATCH, daemon=True).start()
+
+
+def _watch(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(LOOK)
+    with suppress(OSError):  # the terminal may have gone with it
+        print(f"[rank {os.environ.get('RANK', 0)}] the launcher has gone: stopping", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _is_launcher(parent: int) -> bool:
+    """And not a shell, which a program may outlive (`nohup`), even one of several that were started by hand."""
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
+        return _of_process(parent, "comm").strip() not in _SHELLS
+    return "accelerate" in _of_process(parent, "cmdline")  # a process that it starts alone is told of no world
+
+
+def _of_process(pid: int, file: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/{file}").read_text(errors="replace")
+    except OSError:
+        return ""

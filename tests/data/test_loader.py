@@ -1,4 +1,7 @@
+import errno
 import multiprocessing
+import multiprocessing.synchronize
+import os
 import signal
 import time
 
@@ -6,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from mlc.data.dataset import TrainDataset
+from mlc.data.dataset import TrainDataset, shared_memory
 from mlc.data.loader import Waiting, eval_blocks, load, plan_batches, readers, train_positions
 from mlc.data.sources import open_split
 from mlc.data.transforms import TrainTransform
 from shards.console import UserError
 from shards.dataset import load_dataset
+from shards.workers import spread
 
 
 @pytest.mark.parametrize("world, batch", [(1, 24), (1, 6), (2, 12), (2, 2), (3, 4), (4, 6)])
@@ -105,6 +109,50 @@ def test_preparing_ahead_changes_nothing(shards):
 class Endless:
     def __getitems__(self, positions):
         return {"image": torch.zeros(1)}
+
+
+def raising(error: Exception):
+    def refuse(*_, **__):
+        raise error
+
+    return refuse
+
+
+def test_a_small_dev_shm_is_enough(shards, monkeypatch):
+    """A container's has 64 MB: batches do not lie there."""
+    full = RuntimeError("unable to allocate shared memory(shm) for file </x>: No space left on device (28)")
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", raising(full))
+    stream = TrainDataset.of(open_split(load_dataset(shards), "train"), TrainTransform(size=24), seed=1)
+    (batch,) = load(stream, iter([range(8)]), workers=1, device=torch.device("cpu"))
+    assert torch.equal(batch["image"], stream.__getitems__(range(8))["image"])
+
+    monkeypatch.setattr(os, "memfd_create", raising(OSError(errno.EPERM, "Operation not permitted")), raising=False)
+    with pytest.raises(UserError, match=r"No space left.*more /dev/shm \(docker run --shm-size 8g\).*fewer --workers"):
+        shared_memory(1000)
+
+
+def test_a_dev_shm_that_cannot_be_written_is_one_line(monkeypatch):
+    error = OSError(errno.EROFS, "Read-only file system")
+    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", raising(error))
+    with pytest.raises(UserError, match=r"--workers 1: /dev/shm .*Read-only.*writable.*, or --workers 0$"):
+        load(Endless(), iter(range(1)), workers=1, device=torch.device("cpu"))
+    with pytest.raises(UserError, match=r"-j 2: /dev/shm .*, or -j 1$"):
+        list(spread(abs, [1, 2], 2))
+
+
+@pytest.mark.parametrize(
+    "said, words",
+    [("killed by signal: Bus error", "/dev/shm is full"), ("killed by signal: Killed", "mostly memory is short")],
+)
+def test_why_a_worker_was_killed(said, words):
+    with pytest.raises(UserError, match=f"{said}; {words}") as found, readers():
+        raise RuntimeError(f"DataLoader worker (pid 7) is {said}. It is possible that dataloader's workers are out of")
+    assert "It is possible" not in str(found.value)
+
+
+def test_a_defect_in_a_worker_is_not_a_worker_that_was_killed():
+    with pytest.raises(RuntimeError, match="Caught"), readers():
+        raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback ...")
 
 
 def test_a_worker_that_is_killed_is_one_line():

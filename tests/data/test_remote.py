@@ -14,13 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from filelock import FileLock
 from server import Server
 
 from mlc.data import remote
 from mlc.data.reader import TarReader
 from mlc.data.remote import CachedReader, RangeReader, ShardCache, open_reader
-from shards import urls
+from shards import owner, urls
 from shards.console import UserError
 from shards.dataset import load_dataset, open_index
 from shards.image import BadImage
@@ -326,7 +325,7 @@ def test_an_abandoned_part_makes_room_and_a_living_one_does_not(local, tmp_path)
     part = folder / f"{'0' * 24}.{biggest}.part"
     part.touch()
     reader = CachedReader(local.index, ShardCache(folder, biggest))
-    with FileLock(folder / f"{'0' * 24}.tar.lock"):
+    with owner.owned(folder / f"{'0' * 24}.tar.lock"):
         thread = threading.Thread(target=reader.read, args=(0,))
         thread.start()
         thread.join(0.3)

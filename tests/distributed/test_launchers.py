@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import BIN, ROOT, TINY, command, environment, log_of
-from processes import alive, freeze, pending, ranks, thaw, wait_until
+from processes import PATIENCE, alive, freeze, pending, ranks, thaw, wait_until
 
 from mlc.parallel import storage
 
@@ -52,7 +52,7 @@ def test_the_launcher_is_told_to_stop_and_the_run_saves(shards, tmp_path, launch
         send(process.pid, number)
         wait_until(lambda: all(pending(rank, number) for rank in held))
         thaw(held)
-        printed = process.communicate(timeout=120)[0]
+        printed = process.communicate(timeout=PATIENCE)[0]
         assert "--resume auto goes on" in printed, printed
         assert process.returncode == 1  # the launcher's, which does not ask how its processes ended
         assert not any(alive(rank) for rank in held)
@@ -68,7 +68,7 @@ def test_a_second_ctrl_c_stops_now(shards, tmp_path):
             os.killpg(process.pid, signal.SIGINT)
             wait_until(lambda number=passed_on: all(pending(rank, number) for rank in held))
         thaw(held)
-        printed = process.communicate(timeout=120)[0]
+        printed = process.communicate(timeout=PATIENCE)[0]
         assert process.returncode == 1 and "checkpoint saved" not in printed, printed
         assert not any(alive(rank) for rank in held)
     assert not storage.complete(tmp_path / "run" / "checkpoints")

@@ -11,6 +11,7 @@ import pytest
 import torch
 import worlds
 from conftest import BIN, ROOT, TINY, environment, log_of
+from processes import PATIENCE
 from safetensors.torch import load_file
 
 from mlc import ckpt
@@ -138,8 +139,10 @@ def test_options_go_with_every_strategy(option, strategy, shards, reference, tmp
 def test_a_launch_from_the_command_line(shards, tmp_path):
     """All of `accelerate launch`; the other tests have it only read the configuration."""
     command = [str(BIN / "accelerate"), "launch", "--config_file", str(ROOT / "mlc" / "launch" / "fsdp2.yaml")]
-    argv = ["--main_process_port", "0", "train.py", *train_args(shards, tmp_path, 2, 4)]
-    done = subprocess.run([*command, *argv], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    argv = ["train.py", *train_args(shards, tmp_path, 2, 4)]
+    done = subprocess.run(
+        [*command, *argv], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     assert ", fsdp2\n" in done.stderr and "= 2 processes x" in done.stderr
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 from conftest import ROOT, environment
 from injector import FAULTS, MOMENTS, TIMES, cells
+from processes import PATIENCE
 
 pytestmark = pytest.mark.distributed
 
@@ -38,7 +39,7 @@ def trials() -> dict[tuple, dict]:
         env=environment() | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=PATIENCE * len(DOZEN),
     )
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(found) == len(DOZEN), done.stderr[-3000:]

@@ -4,7 +4,6 @@ import json
 import random
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import psutil
@@ -12,6 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from conftest import ROOT, TINY, command, environment, log_of, run
+from processes import PATIENCE, freeze, thaw, wait_for_step
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -104,11 +104,7 @@ def kill_when_at(step: int, argv: list[str], log: Path) -> None:
         command(*argv, processes=2), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     family = psutil.Process(process.pid)
-    deadline = time.monotonic() + 120
-    while not (log.exists() and f'{{"step": {step},' in log.read_text()):
-        assert process.poll() is None, f"the run ended before step {step}"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_for_step(log.parent, step)
     for victim in [*family.children(recursive=True), family]:
         victim.send_signal(signal.SIGKILL)
     process.wait()
@@ -190,12 +186,10 @@ def test_a_stop_file_saves_on_all_ranks_and_the_run_goes_on(shards, reference, t
         stderr=subprocess.STDOUT,
         text=True,
     )
-    log = tmp_path / "run" / "log.jsonl"
-    while not (log.exists() and '{"step": 2,' in log.read_text()):
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.01)
+    held = freeze(tmp_path / "run", at_step=2)
     (tmp_path / "run" / "STOP").touch()
-    printed = process.communicate(timeout=120)[0]
+    thaw(held)
+    printed = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 0 and "--resume auto goes on" in printed, printed
     stopped_at = max(line["step"] for line in log_of(tmp_path / "run"))
     assert stopped_at < STEPS and (tmp_path / "run" / "checkpoints" / f"step-{stopped_at:08d}" / "meta.json").exists()

@@ -1,9 +1,16 @@
 """Processes that never meet: each would train alone and overwrite the other's files."""
 
-import pytest
-from accelerate.state import PartialState
+import socket
+from pathlib import Path
 
+import pytest
+from accelerate.commands import launch as of_accelerate
+from accelerate.state import PartialState
+from conftest import ROOT
+
+from mlc import train
 from mlc.parallel import launch
+from shards import owner
 from shards.console import UserError
 
 
@@ -59,3 +66,63 @@ def test_the_failure_of_another_process_is_one_line(error, line, monkeypatch, ca
     assert f"stopped: {line}" in said and said.count("\n") == 1
     with pytest.raises(RuntimeError, match="other"), launch.peers():
         raise RuntimeError("other")
+
+
+def test_a_run_has_one_owner(tmp_path):
+    """Until the program ends, stages included; a run that never began leaves no folder."""
+    folder = tmp_path / "runs" / "run"
+    with launch.peers():
+        for _ in range(2):
+            launch.own(folder)
+        with pytest.raises(owner.Held):
+            owner.take(folder / owner.RUN_LOCK)
+        (folder / "log.jsonl").touch()
+    assert [path.name for path in folder.iterdir()] == ["log.jsonl"]
+    with launch.peers():
+        launch.own(tmp_path / "more" / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_a_second_training_in_a_folder_is_refused(alone, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "log.jsonl").write_text("{}")
+    argv = ["--data", "none", "--output", str(tmp_path), "--experiment", "run", "--resume", "auto"]
+    with owner.owned(folder / owner.RUN_LOCK):
+        with pytest.raises(UserError, match=r"run is in training already, by process \d+ on .*STOP` saves and stops"):
+            train.main(argv)
+        assert owner.holder(folder / owner.RUN_LOCK)
+    with pytest.raises(UserError, match="no data set at none"):
+        train.main(argv)
+    assert (folder / "log.jsonl").read_text() == "{}"
+
+
+def test_what_the_first_process_refuses_is_refused_by_all(monkeypatch):
+    """Here the second of two, which is told."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(launch.torch.distributed, "is_initialized", lambda: True)
+    told = lambda refused, src: refused.__setitem__(0, "held")  # noqa: E731
+    monkeypatch.setattr(launch.torch.distributed, "broadcast_object_list", told)
+    with pytest.raises(UserError, match="held"):
+        launch.first_alone(lambda: pytest.fail("it is the first's to do"))
+
+
+LAUNCH_FILES = [ROOT / "accelerate_config.yaml", *sorted((ROOT / "mlc" / "launch").glob("*2.yaml"))]
+LAUNCH_FILES += sorted((ROOT / "mlc" / "launch").glob("zero[13]*.yaml"))
+
+
+@pytest.mark.parametrize("file", LAUNCH_FILES, ids=lambda file: file.stem)
+def test_two_launches_do_not_meet(file: Path, monkeypatch):
+    """Each takes a port that is free; with a fixed one the second dies of `EADDRINUSE`."""
+    ports = []
+    monkeypatch.setattr("torch.distributed.run.run", lambda args: ports.append(int(args.master_port)))
+
+    def start() -> None:
+        of_accelerate.launch_command(
+            of_accelerate.launch_command_parser().parse_args(["--config_file", str(file), "train.py"])
+        )
+
+    start()
+    with socket.create_server(("", ports[0])):  # the first is running
+        start()
+    assert ports[0] != ports[1] and 29500 not in ports

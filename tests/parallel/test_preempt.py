@@ -3,10 +3,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import ROOT
+from processes import PATIENCE
 
 from mlc.parallel import preempt
 from mlc.parallel.preempt import StopFlag, allocation_end
@@ -49,21 +49,18 @@ def test_a_third_interrupt_does_not_wait_for_python(tmp_path):
         "import sys, time; from pathlib import Path; from mlc.parallel.preempt import StopFlag\n"
         "stop = StopFlag(Path(sys.argv[1]), watches_file=False)\n"
         "try:\n"
-        "    while True: print('step', flush=True); time.sleep(0.05)\n"
+        "    while True: print('step', int(stop.raised), flush=True); time.sleep(0.05)\n"
         "finally:\n"
         "    print('interrupted', flush=True); time.sleep(60)\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
-    assert process.stdout.readline() == b"step\n"
-    for _ in range(2):
+    for said in (b"step 0\n", b"step 1\n", b"interrupted\n"):
+        while (line := process.stdout.readline()) != said:
+            assert line.startswith(b"step")
         process.send_signal(signal.SIGINT)
-        time.sleep(0.2)
-    while process.stdout.readline() != b"interrupted\n":
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=10) == -signal.SIGINT
+    assert process.wait(timeout=PATIENCE) == -signal.SIGINT
 
 
 def ticking(monkeypatch):
@@ -118,3 +115,49 @@ def test_outside_of_slurm_there_is_no_end(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_END_TIME", "soon")
     with pytest.raises(UserError, match="SLURM_JOB_END_TIME=soon is not a number of seconds"):
         allocation_end()
+
+
+RANK = """
+import os, sys, time
+from pathlib import Path
+from mlc.parallel import preempt
+preempt.LOOK = 0.05
+preempt.stop_with_launcher()
+stop, parent = preempt.StopFlag(Path(sys.argv[1]), watches_file=False), os.getppid()
+print("begun", flush=True)
+while os.getppid() == parent:
+    time.sleep(0.01)
+begin = time.monotonic()
+while not stop.check() and time.monotonic() < begin + float(sys.argv[2]):
+    time.sleep(0.01)
+print("saves" if stop.check() else "goes on", flush=True)
+"""
+LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"
+
+
+def outlived(launcher: list[str], folder, seconds: float, **environment: str) -> tuple[str, str]:
+    """(what a process says that outlives its parent, on stdout; on stderr)"""
+    parent = subprocess.Popen(
+        [*launcher, "-c", RANK, str(folder), str(seconds)],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "WORLD_SIZE"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert parent.stdout.readline() == "begun\n"
+    parent.kill()
+    said = parent.communicate()  # ends with the child, which has the other end
+    return said[0].strip(), said[1].strip()
+
+
+@pytest.mark.parametrize("environment", [{"WORLD_SIZE": "2", "RANK": "1"}, {"TORCHELASTIC_RUN_ID": "none"}])
+def test_a_rank_whose_launcher_is_killed_stops(tmp_path, environment):
+    said, warned = outlived([sys.executable, "-c", LAUNCHER], tmp_path, 60, **environment)
+    assert said == "saves" and warned == f"[rank {environment.get('RANK', 0)}] the launcher has gone: stopping"
+
+
+@pytest.mark.parametrize("environment", [{}, {"WORLD_SIZE": "2"}], ids=["alone", "one of two"])
+def test_a_program_outlives_the_shell_it_was_started_from(tmp_path, environment):
+    shell = ["bash", "-c", '"$@"; true', "bash", sys.executable]
+    assert outlived(shell, tmp_path, 0.3, **environment) == ("goes on", "")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from packing import opened, pack_raw, tree, write_raw
 
-from shards import pack
+from shards import owner, pack
 
 # Runs `mlc pack` and dies at a chosen moment as by `kill -9`: nothing is cleaned up.
 DYING = """
@@ -238,10 +238,22 @@ def test_what_a_kill_after_the_last_rename_leaves_is_dropped(raw, tmp_path, envi
 
 def test_two_at_a_time(raw, tmp_path, capsys):
     (tmp_path / "out.partial").mkdir()
-    with (tmp_path / "out.partial" / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    (tmp_path / "out.partial" / "lock").touch()
+    with owner.owned(tmp_path / "out.partial" / "lock"):
         assert pack_raw(raw, tmp_path / "out") == 2
-    assert "another mlc pack is writing" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "another mlc pack is writing" in said and f"process {os.getpid()} on this machine" in said
+
+
+def test_a_file_system_without_flock(raw, tmp_path, monkeypatch):
+    """Lustre and many NFS mounts."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert pack_raw(raw, tmp_path / "out", *FLAGS) == 0
+    assert tree(tmp_path / "out") == reference(raw)
 
 
 @pytest.mark.parametrize("writer", ["write_tar", "write_index"])

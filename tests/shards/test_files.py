@@ -1,10 +1,11 @@
 import errno
 import os
+import time
 
 import pytest
 
 from shards.console import UserError
-from shards.files import disk_errors, whole
+from shards.files import ABANDONED, disk_errors, whole
 
 
 class Broken(Exception):
@@ -39,3 +40,25 @@ def test_a_full_disk_is_one_line_that_names_the_file(tmp_path):
         f"{tmp_path}/log.jsonl could not be written (No space left on device); make room"
     )
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640)])
+def test_a_file_has_the_mode_that_the_umask_gives(tmp_path, umask, mode):
+    """Though the library that writes it makes it private."""
+    before = os.umask(umask)
+    try:
+        with whole(tmp_path / "weights") as building:
+            building.unlink()
+            os.close(os.open(building, os.O_WRONLY | os.O_CREAT, 0o600))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "weights").stat().st_mode & 0o777 == mode
+
+
+def test_what_a_killed_program_left_is_deleted_when_nobody_can_be_writing_to_it(tmp_path):
+    old, new = tmp_path / ".a.json.1.tmp", tmp_path / ".a.json.2.tmp"
+    old.touch(), new.touch()
+    os.utime(old, (0, time.time() - ABANDONED - 60))
+    with whole(tmp_path / "a.json") as building:
+        building.write_text("new")
+    assert sorted(os.listdir(tmp_path)) == [".a.json.2.tmp", "a.json"]

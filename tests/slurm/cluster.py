@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import BIN, ROOT, environment
-from processes import wait_until
+from processes import PATIENCE, wait_until
 
 SCRIPT = ROOT / "scripts" / "slurm-test-cluster.sh"
 
@@ -27,7 +27,7 @@ class Cluster:
         }
 
     def __call__(self, *argv: str) -> str:
-        done = subprocess.run(argv, cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(argv, cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0, f"{' '.join(argv)}\n{done.stdout}{done.stderr}"
         return done.stdout
 
@@ -40,7 +40,7 @@ class Cluster:
         words = self("scontrol", "--oneliner", "show", "job", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, number: str, *states: str, seconds: float = 300) -> dict[str, str]:
+    def wait(self, number: str, *states: str, seconds: float = PATIENCE) -> dict[str, str]:
         """Waits until the job is in one of these states; how long only says when to give up on a slow machine."""
         deadline = time.monotonic() + seconds
         while (job := self.job(number))["JobState"] not in states:
@@ -81,10 +81,10 @@ def started() -> Iterator[Cluster]:
         reason = f"no {', '.join(missing)} on this machine (Debian: apt-get install slurm-wlm munge)"
         (pytest.fail if os.environ.get("MLC_REQUIRE_SLURM") else pytest.skip)(reason)
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
-    done = subprocess.run([SCRIPT, "start", folder], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([SCRIPT, "start", folder], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     try:
         yield Cluster(folder)
     finally:
-        subprocess.run([SCRIPT, "stop", folder], check=True, timeout=120)
+        subprocess.run([SCRIPT, "stop", folder], check=True, timeout=PATIENCE)
         shutil.rmtree(folder, ignore_errors=True)

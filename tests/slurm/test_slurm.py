@@ -15,7 +15,7 @@ import worlds
 import yaml
 from cluster import output, started
 from conftest import TINY, log_of
-from processes import alive, freeze, hold, pending, ranks, thaw, wait_until
+from processes import PATIENCE, alive, freeze, hold, pending, ranks, thaw, wait_until
 
 from mlc import predict
 from mlc.parallel import storage
@@ -93,7 +93,7 @@ def cut(cluster, data, tmp_path_factory) -> tuple[Path, str]:
     checkpoints = folder / "run" / "checkpoints"
     held = freeze_while(folder / "run", lambda: newest_step(checkpoints) == 10 and not unfinished(checkpoints))
     cluster("scontrol", "update", f"JobId={number}", "TimeLimit=1")
-    threading.Thread(target=hold_until_killed, args=[held, 600, 0.05], daemon=True).start()
+    threading.Thread(target=hold_until_killed, args=[held, PATIENCE, 0.01], daemon=True).start()
     return folder, number
 
 
@@ -130,7 +130,8 @@ def test_a_job_cut_by_its_limit_then_cancelled_in_mid_checkpoint_ends_like_one_t
     assert kept == 10
 
     number = sbatch(cluster, folder, "train", *arguments(data, folder, "--checkpoint-every", "1st"))
-    processes = freeze_while(run, lambda: unfinished(checkpoints))
+    job = cluster.job(number)  # what it says goes through Slurm, and may come after what it does
+    processes = freeze_while(run, lambda: unfinished(checkpoints) and f"step {kept}, " in output(job))
     good = newest(run)["progress"]["step"]
     cancelled = threading.Thread(target=hold_until_killed, args=[processes])
     cancelled.start()
@@ -157,7 +158,7 @@ def freeze_while(run: Path, true) -> list[psutil.Process]:
         thaw(processes)
 
 
-def hold_until_killed(processes: list[psutil.Process], seconds: float = 30, pause: float = 0.001) -> None:
+def hold_until_killed(processes: list[psutil.Process], seconds: float = PATIENCE, pause: float = 0.001) -> None:
     """As a disk that hangs: Slurm wakes up what it cancels, and kills it some seconds later."""
     deadline = time.monotonic() + seconds
     while processes:

@@ -31,7 +31,7 @@ from mlc.data.truth import add_column_flags, given_columns, read_labels
 from mlc.metrics import combine, multilabel, thresholds
 from mlc.metrics.threshold_search import Metric
 from mlc.scores import add_zero_division
-from shards.console import Parser, UserError, did_you_mean, plural, say
+from shards.console import Parser, UserError, did_you_mean, finite, plural, say
 from shards.dataset import load_dataset, open_index
 from shards.files import disk_errors, whole
 from shards.json_text import to_json
@@ -388,7 +388,7 @@ def _parser() -> Parser:
     )
     add("--vote", action="store_true", help="labels that have more than --share of the weight, from label sets")
     add("--union", action="store_true", help="labels that any file has, each above its own --threshold")
-    add("--share", type=float, default=0.5, help="of the weight that a voted label must exceed (default: 0.5)")
+    add("--share", type=finite, default=0.5, help="of the weight that a voted label must exceed (default: 0.5)")
     add(
         "--threshold",
         metavar="T",

@@ -35,7 +35,7 @@ from mlc.models.text import text_folder
 from mlc.parallel import launch
 from mlc.predict import add_cache_flags, add_compute_flags, weights_folder
 from shards.captions import SWITCHES, switches
-from shards.console import Parser, UserError, say
+from shards.console import Parser, UserError, finite, say
 from shards.dataset import load_dataset
 
 DTYPES = {"float32": np.float32, "float16": np.float16}
@@ -268,7 +268,7 @@ def _parser() -> Parser:
     add("--pretrained-path", metavar="FILE", help="timm: with these weights")
     add("--img-size", type=int, help="timm: pixels of a side (default: what it was trained with)")
     add("--val-crop", default="squish", help="squish, center, pad or if-needed:2 (default: squish)")
-    add("--crop-pct", type=float, default=1.0, help="--val-crop center: share of the short side (default: 1)")
+    add("--crop-pct", type=finite, default=1.0, help="--val-crop center: share of the short side (default: 1)")
     add("--tta", default="", help="views to average, comma-separated: hflip, scale")
     add("--text-model", default="", metavar="NAME|FOLDER", help="text encoder of Hugging Face, CLIP-like ones included")
     add("--text-pool", choices=("cls", "mean"), default="cls", help="its pooling; CLIP-like ones pool for themselves")

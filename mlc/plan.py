@@ -14,7 +14,7 @@ from rich.table import Table
 from mlc.data.captions import cleaned
 from mlc.data.text import MAX_TOKENS, MOST_WORDS, Words
 from mlc.footprint import Costs, Text, count
-from shards.console import Parser, UserError, did_you_mean
+from shards.console import Parser, UserError, did_you_mean, finite
 from shards.json_text import to_json
 
 # Name: (memory in GiB, dense bf16 TFLOP/s) as the makers' data sheets give them; T4 and V100 have fp16 instead.
@@ -212,7 +212,7 @@ def _parser() -> Parser:
     add("--num-classes", type=int, default=20, help="without --data (default: 20)")
     add("--data", help="packed data set: its classes, and its samples for the hours")
     add("--samples", type=int, default=0, help="training samples, without --data")
-    add("--epochs", type=float, default=20, help="passes over the data (default: 20)")
+    add("--epochs", type=finite, default=20, help="passes over the data (default: 20)")
     add("--gpus", type=int, default=2, help="GPUs in all (default: 2)")
     add("--gpu", default="a4000", help=f"kind: {', '.join(GPUS)} (default: a4000)")
     add("--global-batch-size", type=int, default=32, help="samples per optimizer step (default: 32)")
@@ -220,8 +220,13 @@ def _parser() -> Parser:
     add("--attention", choices=("fast", "timm"), default="fast", help="of Swin and SwinV2 (default: fast)")
     add("--grad-checkpointing", default="none", help="none, all, attention or every:K (default: none)")
     add("--no-model-ema", action="store_true", help="no averaged weights")
-    add("--mfu", type=float, default=0.25, help="share of the GPU's peak that is reached (default: 0.25)")
+    add("--mfu", type=finite, default=0.25, help="share of the GPU's peak that is reached (default: 0.25)")
     add("--images-per-core", type=int, default=1000, help="what a core decodes a second (benchmarks/loader.py)")
-    add("--disk-gb-per-second", type=float, default=1.0, help="write speed of the checkpoint's disk (default: 1)")
+    add(
+        "--disk-gb-per-second",
+        type=finite,
+        default=1.0,
+        help="write speed of the checkpoint's disk (default: 1)",
+    )
     add("--json", action="store_true", help="print JSON")
     return parser

@@ -28,7 +28,7 @@ from mlc.inference import logits_of_rows, non_finite, probabilities, tta_views
 from mlc.metrics import thresholds
 from mlc.models.export import exported_crop, load_exported
 from mlc.parallel import agree, launch
-from shards.console import Parser, UserError, plural, say
+from shards.console import Parser, UserError, finite, plural, say
 from shards.dataset import Dataset, columns_of, load_dataset
 from shards.table import Columns
 
@@ -301,7 +301,9 @@ def _parser() -> Parser:
         help="views to average, comma-separated, every combination: hflip, scale (the middle, 1.15 x larger)",
     )
     parser.add_argument(
-        "--threshold", type=float, help="predict a class above this probability (default: the run's thresholds.json)"
+        "--threshold",
+        type=finite,
+        help="predict a class above this probability (default: the run's thresholds.json)",
     )
     parser.add_argument("--out", help="folder of the output (default: predictions/ in the run, if it is one)")
     add_compute_flags(parser)
@@ -326,7 +328,10 @@ def add_data_flags(parser: Parser) -> None:
 def add_cache_flags(parser: Parser) -> None:
     parser.add_argument("--cache-dir", default="", help="keep whole shards of a URL or a slow disk here")
     parser.add_argument(
-        "--cache-gb", type=float, default=100.0, help="size of --cache-dir; the longest unused shards make room (100)"
+        "--cache-gb",
+        type=finite,
+        default=100.0,
+        help="size of --cache-dir; the longest unused shards make room (100)",
     )
 
 

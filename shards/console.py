@@ -44,6 +44,14 @@ def _dashed(arg: str) -> str:
     return flag.replace("_", "-") + equals + value if flag.startswith("--") else arg
 
 
+def finite(text: str) -> float:
+    """For a flag's `type`: a number that is finite. Of NaN every comparison is false, so no range would stop it."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return value
+
+
 def did_you_mean(name: str, names: Sequence[str]) -> str:
     """`; did you mean --epochs?`, or nothing where no name is near."""
     near = difflib.get_close_matches(name, names, n=1)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shards import owner
-from shards.console import Parser, UserError, progress, say
+from shards.console import Parser, UserError, finite, progress, say
 from shards.dataset import (
     JSON_NAME,
     Dataset,
@@ -88,7 +88,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", required=True, help="folder to write; it appears when it is complete")
     add("--test-csv", help="rows without labels")
     add("--val-csv", help="validation rows")
-    add("--val-fraction", type=float, help="share of the training rows to validate on, stratified by label")
+    add("--val-fraction", type=finite, help="share of the training rows to validate on, stratified by label")
     add("--folds", type=_whole(2), default=0, help="also deal the training rows into K stratified folds")
     add("--classes", help="YAML with classes and groups (default: classes.yaml beside the CSV, else the labels found)")
     add("--resize", type=_whole(1), help="shrink images to this short side in pixels and store them as JPEG")

@@ -8,7 +8,7 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import TINY, log_of
 
-from mlc import train
+from mlc import predict, train
 from mlc.kept_weights import step_of
 from mlc.parallel import launch, storage
 from shards.console import run as run_verb
@@ -157,6 +157,12 @@ def test_an_automatic_batch_is_no_change(shards, again, capsys):
 @pytest.mark.parametrize("flags", [["--epochs", "inf"], ["--lr", "nan"], ["--lr-mult", "head=inf"]])
 def test_numbers_are_finite(shards, tmp_path, capsys, flags):
     assert f"{flags[0]} must be finite, not" in said(shards, tmp_path, capsys, *flags, code=2)
+
+
+def test_numbers_of_other_verbs_are_finite(capsys):
+    with pytest.raises(SystemExit) as ended:
+        predict.main(["--run", "x", "--data", "y", "--threshold", "nan"])
+    assert ended.value.code == 2 and "--threshold: nan is not a finite number" in capsys.readouterr().err
 
 
 # ---- another run -----------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import random
 import re
 import sys
 import warnings
-from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+from mlc.parallel import agree
 from mlc.parallel.preempt import stop_with_launcher
 from mlc.parallel.srun import join_srun
 from shards import owner
@@ -148,7 +148,7 @@ def own(folder: Path) -> None:
     """
     if folder not in _owned:
         _owned[folder] = [path for path in (folder, *folder.parents) if not path.exists()]
-        first_alone(lambda: _take(folder))
+        agree.from_first(lambda: _take(folder))
 
 
 def _take(folder: Path) -> None:
@@ -172,20 +172,6 @@ def _disown() -> None:
     for path in made if os.environ.get("RANK", "0") == "0" else ():
         with suppress(OSError):
             path.rmdir()
-
-
-def first_alone(action: Callable[[], None]) -> None:
-    """The first process does it; the UserError that it meets is raised on all."""
-    refused = [""]
-    if int(os.environ.get("RANK", 0)) == 0:
-        try:
-            action()
-        except UserError as error:
-            refused = [str(error)]
-    if torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(refused, src=0)
-    if refused[0]:
-        raise UserError(refused[0])
 
 
 def _lost(error: str) -> str:

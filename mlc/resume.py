@@ -27,6 +27,7 @@ from shards.urls import is_url
 NETWORK = ("model", "head", "head_kwargs", "model_kwargs")  # other weights
 NETWORK += ("text_model", "text_kwargs", "text_pool", "fusion", "fusion_kwargs", "feature_norm")
 STREAM = ("seed", "img_size", "model_ema", "clean", "max_tokens")  # another run with the same weights
+SCORED_BY = ("val_split", "val_crop", "crop_pct", "threshold", "zero_division")  # other scores of the same weights
 # What may differ without a word: where things lie, and how the run is started, watched and saved.
 SILENT = (
     "data",
@@ -276,9 +277,10 @@ def compare(
             changes.append(_change(key.replace("_", " "), meta[key], value))
     if changes:
         start.notices.append(f"changed since the checkpoint: {', '.join(changes)}")
-    if then.get("val_split", config.val_split) != config.val_split and start.progress["best"]:
+    other = [flag(name) for name in SCORED_BY if then.get(name, now[name]) != now[name]]
+    if other and start.progress["best"]:
         start.progress.update(best=None, best_step=None, stale=0)
-        start.notices.append("scores on another split do not compare: the best weights are looked for from here on")
+        start.notices.append(f"scores with another {other[0]} do not compare: the best weights are looked for anew")
 
 
 def same_best(run: Path, progress: dict[str, Any]) -> list[str]:

@@ -146,7 +146,7 @@ def test_another_training_split_of_the_same_size_is_refused(shards, tmp_path, ca
 
 def test_scores_of_another_validation_split_do_not_compare(shards, again, capsys):
     text = said(shards, again, capsys, "--max-steps", "7", "--val-split", "train", "--lr", "1e-30", "--resume", "auto")
-    assert "the best weights are looked for from here on" in text and step_of(again / "run" / "best") == 7
+    assert "scores with another --val-split do not compare" in text and step_of(again / "run" / "best") == 7
 
 
 def test_an_automatic_batch_is_no_change(shards, again, capsys):

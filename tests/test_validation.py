@@ -76,11 +76,13 @@ def test_logits_that_are_no_numbers_leave_a_model_without_values(monkeypatch, ca
     reader = SimpleNamespace(index=index, name=lambda row: f"sample {row}")
     rank = SimpleNamespace(is_main_process=True)
     bce = torch.nn.functional.binary_cross_entropy_with_logits
-    told = (Config(data=["x"]), DATASET, rank, lambda x, t: bce(x, t, reduction="none"), (0,) * 3, (1,) * 3, None)
+    config = Config(data=["x"], zero_division=1)
+    told = (config, DATASET, rank, lambda x, t: bce(x, t, reduction="none"), (0,) * 3, (1,) * 3, None)
     found = evaluate({"val": None, "val_ema": None}, reader, np.arange(4), *told, step=7)
     bad, good = found["val"].metrics, found["val_ema"].metrics
     assert set(bad) == set(good) and bad.pop("threshold") == 0.5 and np.isnan(list(bad.values())).all()
     assert good["loss"] == pytest.approx(math.log(2)) and np.isfinite(list(good.values())).all()
+    assert good["f1_samples"] == 0.25  # row 3 has no label, and none is predicted: --zero-division 1
     assert (
         "step 7, evaluation of val: sample 2, class b: the model's output is nan (1 image of 4)"
         in capsys.readouterr().err

@@ -4,7 +4,6 @@ A job's folder holds `settings.yaml`, what it printed (`output.log`) and how lon
 (`seconds`, one line each); these say what became of it, whoever started it: this module or slurm/sweep.sbatch.
 """
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -14,6 +13,13 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from shards.workers import default_workers
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
 
 OUTPUT, SECONDS, SETTINGS = "output.log", "seconds", "settings.yaml"
 FINISHED = ("done; weights in ", " is finished at ")  # what train.py says at the end of a run, or to one that is over
@@ -105,7 +111,8 @@ class _Process:
         output = job.folder / OUTPUT
         self._offset = output.stat().st_size if output.exists() else 0
         with output.open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the child keeps it, even if we are killed
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the child keeps it, even if we are killed
             (job.folder / "STOP").unlink(missing_ok=True)
             self._process = subprocess.Popen(
                 command(job.folder, launch_file),
@@ -139,13 +146,15 @@ class _Process:
 
     def kill(self) -> None:
         with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+            if hasattr(os, "killpg"):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            else:
+                self._process.kill()
 
 
 def _environment(at_once: int, gpus: Sequence[str], slot: int) -> dict[str, str]:
     """The cores divided, a GPU each; MLC_KEEP_STOP since we have taken old STOP files away."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    own = {"OMP_NUM_THREADS": str(max(1, cores // at_once))} | os.environ | {"MLC_KEEP_STOP": "1"}
+    own = {"OMP_NUM_THREADS": str(max(1, default_workers() // at_once))} | os.environ | {"MLC_KEEP_STOP": "1"}
     return own | ({"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if len(gpus) > 1 and at_once > 1 else {})
 
 
@@ -156,7 +165,8 @@ def _stopped_by_signals():
     def stop(number, frame):
         raise KeyboardInterrupt
 
-    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [number for number in known if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield

@@ -4,7 +4,6 @@ import atexit
 import csv
 import json
 import os
-import resource
 import sys
 import time
 import zlib
@@ -30,6 +29,11 @@ from mlc.logfile import read_log
 from mlc.mirrors import Mirror, open_mirrors
 from shards.dataset import Index
 from shards.files import disk_errors, whole
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
 
 BAR = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
 
@@ -147,6 +151,13 @@ def memory_gb(device: torch.device) -> float:
     """Peak memory of this process: on the GPU, or resident on a CPU; GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 2**30  # now; it keeps no peak
+    if resource is None:
+        import psutil  # which comes with accelerate
+
+        used = psutil.Process().memory_info()
+        return getattr(used, "peak_wset", used.rss) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 

@@ -37,6 +37,7 @@ from mlc.objective import Objective, make_loss, trained_columns
 from mlc.optim.ema import Ema
 from mlc.optim.optimizers import set_steps
 from mlc.parallel import checkpoint, compiler, launch, strategy
+from mlc.parallel.memory import to_device
 from mlc.parallel.preempt import StopFlag
 from mlc.parallel.recompute import recompute
 from mlc.profiling import Profiler
@@ -376,7 +377,7 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
         _, norm, stopped, found, clock_due = in_flight.read() if in_flight else [0.0] * 5
         refuse_non_finite(step - 1, norm)
         due = accelerator.is_main_process and clock.checkpoint_due()
-        riders = torch.tensor([stop.check(), len(met), due], dtype=torch.float32).to(device, non_blocking=True)
+        riders = to_device(torch.tensor([stop.check(), len(met), due], dtype=torch.float32), device)
         in_flight = launch.Arriving(torch.cat([step_loss[None], grad_norm[None].float() / world, riders]))
         stopping = stopped > 0
         at_end, stage_end = samples_seen >= clock.total, samples_seen >= stage.end

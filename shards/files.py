@@ -1,11 +1,25 @@
 """Writing files so that a crash or a full disk never leaves half of one under its name, and is one line to the user."""
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from shards.console import UserError
+
+
+def open_to_read(path: Path | str) -> int:
+    """A descriptor for `read_at`."""
+    return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))  # Windows reads text else
+
+
+def read_at(file: int, size: int, offset: int) -> bytes:
+    """`os.pread`, also on Windows, where there is none and a descriptor belongs to one thread."""
+    if hasattr(os, "pread"):
+        return os.pread(file, size, offset)
+    os.lseek(file, offset, os.SEEK_SET)
+    return os.read(file, size)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ one. A run that was killed leaves its finished shards there, and the same comman
 
 import argparse
 import errno
-import fcntl
 import json
 import shutil
 import time
@@ -34,6 +33,11 @@ from shards.plan import Plan, Sample, check_images, make_plan, settle
 from shards.stats import label_summary
 from shards.tar import groups, write_tar
 from shards.workers import default_workers, spread
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
 
 SHARD_BYTES = 1_000_000_000
 WORKER_BYTES = 100_000_000  # below that a second process costs more to start than it saves
@@ -197,7 +201,8 @@ def _building(partial: Path, plan: str, bad_images: dict[str, str]) -> Iterator[
         raise UserError(f"cannot write {partial}: {error.strerror}") from None
     with lock, _clear_disk_errors(partial):
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another mlc pack is writing {partial}; wait for it or stop it") from None
         if _noted(partial, plan) is None:

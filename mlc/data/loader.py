@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from mlc.data.dataset import PREFETCH, Batch, EvalDataset, TrainDataset
+from mlc.parallel.memory import to_device
 from shards.console import UserError, plural
 
 ON_THE_HOST = ("position", "source", "bad")  # what only the host asks for; asking the device would wait for it
@@ -145,7 +146,8 @@ def readers():
     except RuntimeError as error:
         if WORKER not in str(error):
             raise
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or PyTorch says it again, in the middle of the next line
+        if hasattr(signal, "SIGCHLD"):  # or PyTorch says it again, in the middle of the next line
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(
             f"a process that reads images ended: {reason}; mostly memory is short: fewer --workers or a smaller "
@@ -198,7 +200,7 @@ class Waiting:
         self.seconds += time.perf_counter() - begin
 
     def _moved(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if name in ON_THE_HOST else tensor.to(self._device, non_blocking=True)
+        return tensor if name in ON_THE_HOST else to_device(tensor, self._device)
 
     def take_seconds(self) -> float:
         """Seconds waited since the last call."""

@@ -26,6 +26,7 @@ from mlc.models.fusion import Fused
 from mlc.models.fusion_parts import load_combined, load_parts
 from mlc.models.text import build_text_model, shares_layers, text_folder
 from mlc.models.text_export import export_text, load_text
+from mlc.parallel.memory import to_device
 from mlc.parallel.storage import Place
 from shards.captions import switches
 from shards.console import UserError
@@ -224,7 +225,7 @@ def model_inputs(
         return image, tokens, mask, None
     if config.mix_captions == "embeddings":
         return image, tokens, mask, mix.shares(tokens.device)
-    sources = mixed_sources(mix).to(tokens.device, non_blocking=True)
+    sources = to_device(mixed_sources(mix), tokens.device)
     most = most or tokens.shape[1] * sources.shape[1]
     told = {"pad": reading.tokenizer.pad, "starts": reading.tokenizer.starts, "most": most}
     return image, *join(tokens, mask, sources, **told), None

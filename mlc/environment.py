@@ -27,6 +27,8 @@ def environment() -> dict[str, str | int]:
     found["system"] = f"{platform.system()} {platform.machine()}"
     if torch.cuda.is_available():
         found |= {"device": torch.cuda.get_device_name(), "CUDA": str(torch.version.cuda)}
+    elif torch.backends.mps.is_available():
+        found["device"] = f"Apple GPU, {os.cpu_count()} cores"
     else:
         found["device"] = f"CPU, {os.cpu_count()} cores"
     found["processes"] = int(os.environ.get("WORLD_SIZE", 1))

@@ -51,7 +51,7 @@ def read_yaml(source: str | Path) -> dict[str, Any]:
             f"-c {source}: neither a file nor a recipe{did_you_mean(str(source), names)} (recipes: {', '.join(names)})"
         )
     try:
-        loaded = yaml.safe_load(path.read_text()) or {}
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8-sig")) or {}
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, dict):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from shards import owner
 from shards.owner import RUN_LOCK
+from shards.workers import default_workers
 
 OUTPUT, SECONDS, SETTINGS = "output.log", "seconds", "settings.yaml"
 LOCK = ".job"  # of the program that started a training, besides the training's own
@@ -146,13 +147,15 @@ class _Process:
 
     def kill(self) -> None:
         with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+            if hasattr(os, "killpg"):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            else:
+                self._process.kill()
 
 
 def _environment(at_once: int, gpus: Sequence[str], slot: int) -> dict[str, str]:
     """The cores divided, a GPU each; MLC_KEEP_STOP since we have taken old STOP files away."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    own = {"OMP_NUM_THREADS": str(max(1, cores // at_once))} | os.environ | {"MLC_KEEP_STOP": "1"}
+    own = {"OMP_NUM_THREADS": str(max(1, default_workers() // at_once))} | os.environ | {"MLC_KEEP_STOP": "1"}
     return own | ({"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if len(gpus) > 1 and at_once > 1 else {})
 
 
@@ -163,7 +166,8 @@ def _stopped_by_signals():
     def stop(number, frame):
         raise KeyboardInterrupt
 
-    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [number for number in known if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield

@@ -18,6 +18,7 @@ from mlc.data.dataset import Batch
 from mlc.data.mixing import Mix
 from mlc.data.sampler import Sampler
 from mlc.parallel import checkpoint
+from mlc.parallel.memory import to_device
 from mlc.parallel.storage import Place
 
 UNSEEN = -1.0  # below any loss
@@ -44,8 +45,8 @@ class HardMining:
         source, row = batch["source"], batch["row"]
         if mix is not None:
             charged = mix.charged()
-            source, row = source[charged], row[charged.to(row.device, non_blocking=True)]
-        own = (source == 0).to(loss.device, non_blocking=True)  # other data sets are not mined
+            source, row = source[charged], row[to_device(charged, row.device)]
+        own = to_device(source == 0, loss.device)  # other data sets are not mined
         self._now.scatter_reduce_(0, row * own, torch.where(own, loss, UNSEEN), "amax")
 
     def until(self, global_batch: int) -> int:

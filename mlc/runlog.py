@@ -3,7 +3,6 @@
 import atexit
 import csv
 import os
-import resource
 import sys
 import time
 import zlib
@@ -31,6 +30,11 @@ from shards.console import shown
 from shards.dataset import Index
 from shards.files import disk_errors, whole
 from shards.json_text import to_json
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
 
 BAR = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
 
@@ -148,6 +152,13 @@ def memory_gb(device: torch.device) -> float:
     """Peak memory of this process: on the GPU, or resident on a CPU; GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 2**30  # now; it keeps no peak
+    if resource is None:
+        import psutil  # which comes with accelerate
+
+        used = psutil.Process().memory_info()
+        return getattr(used, "peak_wset", used.rss) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 

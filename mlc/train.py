@@ -39,6 +39,7 @@ from mlc.objective import Objective, make_loss, trained_columns
 from mlc.optim.ema import Ema
 from mlc.optim.optimizers import set_steps
 from mlc.parallel import agree, checkpoint, compiler, launch, strategy
+from mlc.parallel.memory import to_device
 from mlc.parallel.preempt import StopFlag
 from mlc.parallel.recompute import recompute
 from mlc.profiling import Profiler
@@ -404,7 +405,7 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
         _, norm, stopped, found, clock_due = in_flight.read() if in_flight else [0.0] * 5
         guard.check(step - 1, norm)
         due = accelerator.is_main_process and clock.checkpoint_due()
-        riders = torch.tensor([stop.check(), len(met), due], dtype=torch.float32).to(device, non_blocking=True)
+        riders = to_device(torch.tensor([stop.check(), len(met), due], dtype=torch.float32), device)
         in_flight = launch.Arriving(torch.cat([step_loss[None], grad_norm[None].float() / world, riders]))
         at_end, stage_end = samples_seen >= clock.total, samples_seen >= stage.end
         evaluating = validation and (at_end or clock.passed("eval_every", samples_seen))

@@ -135,7 +135,7 @@ def _write(
         out.parent.mkdir(parents=True, exist_ok=True)
     found_curves = threshold_curves.curves(scores, truth.target, setup.metric, setup.groups)
     with whole(out.with_name(f"{out.stem}-curves.json")) as building:
-        building.write_text(to_json(found_curves | {"rules": found, "chosen": chosen}, ensure_ascii=False) + "\n")
+        building.write_text(to_json(found_curves | {"rules": found, "chosen": chosen}) + "\n")
     threshold_curves.plot(out.with_suffix(".png"), found_curves, found, chosen)
     thresholds.write(out, content)
     say(f"{out}: {chosen}, {thresholds.describe(content)}; {out.with_suffix('.png').name} beside it")

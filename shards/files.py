@@ -12,6 +12,19 @@ from shards.console import UserError
 ABANDONED = 3600.0  # seconds that nobody has written to a file under construction: its program was killed
 
 
+def open_to_read(path: Path | str) -> int:
+    """A descriptor for `read_at`."""
+    return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))  # Windows reads text else
+
+
+def read_at(file: int, size: int, offset: int) -> bytes:
+    """`os.pread`, also on Windows, where there is none and a descriptor belongs to one thread."""
+    if hasattr(os, "pread"):
+        return os.pread(file, size, offset)
+    os.lseek(file, offset, os.SEEK_SET)
+    return os.read(file, size)
+
+
 @contextmanager
 def whole(path: Path, *failures: type[Exception]) -> Iterator[Path]:
     """Yields the name to write to; the file takes its place when it is whole, and is deleted when it is not.

@@ -82,7 +82,7 @@ def expand(urls: Sequence[str]) -> list[Path]:
     """Braces and globs to files that exist, in the given order. Raises UserError for what is not there or not local."""
     paths: list[Path] = []
     for url in urls:
-        if re.match(r"[a-z][a-z0-9+.-]*:", url):
+        if re.match(r"[a-z][a-z0-9+.-]+:", url):
             raise UserError(f"{url}: only tars on this machine's disks are indexed; copy them here first")
         try:
             patterns = list(braceexpand(url))

@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from mlc.data.dataset import PREFETCH, SHM_FIX, Batch, EvalDataset, TrainDataset
+from mlc.parallel.memory import to_device
 from shards.console import UserError, plural
 from shards.workers import free_shm, need_locks
 
@@ -154,7 +155,8 @@ def readers():
     except RuntimeError as error:
         if not _ENDED.match(str(error)):
             raise
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or PyTorch says it again, in the middle of the next line
+        if hasattr(signal, "SIGCHLD"):  # or PyTorch says it again, in the middle of the next line
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         reason = " ".join(str(error).partition(". ")[0].split()).rstrip(".")
         raise UserError(
             f"a process that reads images ended: {reason}; {_why(reason)}, then start again (a training with "
@@ -218,7 +220,7 @@ class Waiting:
         self.seconds += time.perf_counter() - begin
 
     def _moved(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if name in ON_THE_HOST else tensor.to(self._device, non_blocking=True)
+        return tensor if name in ON_THE_HOST else to_device(tensor, self._device)
 
     def take_seconds(self) -> float:
         """Seconds waited since the last call."""

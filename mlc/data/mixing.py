@@ -13,6 +13,7 @@ from scipy.special import betaincinv
 from mlc.config import Config
 from mlc.data.order import MIX, uniform
 from mlc.data.transforms import inside
+from mlc.parallel.memory import to_device
 
 # What is drawn for a pair, for a group of four and for a sample.
 LAMBDA, WHETHER, SWITCH, DOWN, ACROSS, SPLICED, GRID, FIRST_CELL = range(8)
@@ -37,7 +38,7 @@ class Grid:
 
     def image(self, image: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W] -> [n, 3, H, W]; each cell is a whole picture, made smaller."""
-        (rows, columns), cells = self.shape, iter(self.sources.T.to(image.device, non_blocking=True))
+        (rows, columns), cells = self.shape, iter(to_device(self.sources.T, image.device))
         heights, widths = _shared(image.shape[2], rows), _shared(image.shape[3], columns)
         bands = ([_resized(image[next(cells)], height, width) for width in widths] for height in heights)
         return torch.cat([torch.cat(band, 3) for band in bands], 2)
@@ -71,24 +72,24 @@ class Mix:
         device, mixed, cut = image.device, image, self._cut()
         own = np.where(cut, np.float32(1), self.lam.numpy())
         if (own < 1).any():
-            own = torch.from_numpy(own).to(device, non_blocking=True).view(-1, 1, 1, 1)
+            own = to_device(torch.from_numpy(own), device).view(-1, 1, 1, 1)
             mixed = own * image + (1 - own) * swap_pairs(image)
         if cut.any():
             mixed = swap_pairs(image).where(inside(self.boxes, *image.shape[2:], device), mixed)
         for grid in self.grids:
-            mixed = mixed.index_copy(0, grid.places.to(device, non_blocking=True), grid.image(image))
+            mixed = mixed.index_copy(0, to_device(grid.places, device), grid.image(image))
         return mixed
 
     def labels(self, target: torch.Tensor) -> torch.Tensor:
         """[B, C] in 0..1, labels or a teacher's probabilities -> the same shape: by share of the pair or the larger of
         both, the largest of a grid."""
-        own, partner = self.lam.to(target.device, non_blocking=True).view(-1, 1), swap_pairs(target)
+        own, partner = to_device(self.lam, target.device).view(-1, 1), swap_pairs(target)
         if self.union:
             mixed = target.maximum(partner).where(own < 1, target)
         else:
             mixed = own * target + (1 - own) * partner
         for grid in self.grids:
-            places, sources = (x.to(target.device, non_blocking=True) for x in (grid.places, grid.sources))
+            places, sources = (to_device(x, target.device) for x in (grid.places, grid.sources))
             mixed = mixed.index_copy(0, places, target[sources].amax(1))
         return mixed
 
@@ -104,7 +105,8 @@ class Mix:
             cells = grid.sources.shape[1]
             index[grid.places, :cells], share[grid.places] = grid.sources, 0.0
             share[grid.places, :cells] = 1 / cells
-        return index.to(device, non_blocking=True), share.to(device, non_blocking=True)
+        device = device or self.lam.device
+        return to_device(index, device), to_device(share, device)
 
     def charged(self) -> torch.Tensor:
         """int64 [B]: the sample of the micro-batch that a loss is laid to: the one whose place it is

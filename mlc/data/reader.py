@@ -13,7 +13,7 @@ from pathlib import Path
 
 from shards.console import UserError
 from shards.dataset import Dataset, Index
-from shards.files import download_problem
+from shards.files import download_problem, open_to_read, read_at
 from shards.image import SUFFIXES, BadImage, find_images
 
 OPEN_FILES = 128  # shards kept open per process
@@ -46,7 +46,7 @@ class TarReader:
         """Raises BadImage where the bytes cannot be had, or are not those of the index."""
         size = int(self.index.size[row])
         try:
-            data = os.pread(self._open(int(self.index.shard[row])), size, int(self.index.offset[row]))
+            data = read_at(self._open(int(self.index.shard[row])), size, int(self.index.offset[row]))
         except (OSError, ValueError, OverflowError, MemoryError) as error:  # the last three: a damaged index
             raise BadImage(f"cannot be read ({getattr(error, 'strerror', None) or error})") from error
         if len(data) != size:
@@ -59,7 +59,7 @@ class TarReader:
 
     def _open(self, shard: int) -> int:
         if shard not in self._files:
-            self._files[shard] = os.open(self.index.shard_path(shard), os.O_RDONLY)
+            self._files[shard] = open_to_read(self.index.shard_path(shard))
             if len(self._files) > OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
         self._files.move_to_end(shard)

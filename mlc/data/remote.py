@@ -22,6 +22,7 @@ from mlc.data.reader import TarReader
 from shards import owner, urls
 from shards.console import UserError
 from shards.dataset import JSON_NAME, Index, Shard
+from shards.files import open_to_read, read_at
 from shards.image import BadImage
 from shards.tar import file_sha256
 
@@ -106,7 +107,7 @@ class CachedReader(TarReader):
         source = index.shard_url(shard) or index.shard_path(shard)
         file = self.cache.open(index.shards[shard], source)
         try:
-            data = os.pread(file, size, int(index.offset[row]))
+            data = read_at(file, size, int(index.offset[row]))
         finally:
             os.close(file)  # nothing stays open: a shard that makes room for another gives its space back at once
         if len(data) != size or not data or (self.check_crc and zlib.crc32(data) != index.crc32[row]):
@@ -136,11 +137,11 @@ class ShardCache:
             raise UserError(f"{source}: dataset.json has no sha256 of this shard; pack or index the data set again")
         path = self.folder / f"{shard.sha256[:24]}.tar"
         try:
-            file = os.open(path, os.O_RDONLY)
+            file = open_to_read(path)
         except FileNotFoundError:
             return self._bring(shard, source, path)
         if time.time() - os.fstat(file).st_mtime > TOUCH_SECONDS:
-            os.utime(file)
+            os.utime(file if os.utime in os.supports_fd else path)
         return file
 
     def _bring(self, shard: Shard, source: str | Path, path: Path) -> int:
@@ -152,7 +153,7 @@ class ShardCache:
                     self._reserve(shard, part)
                     self._download(shard, source, part)
                     os.utime(part)
-                    file = os.open(part, os.O_RDONLY)  # before others can see it and make room of it
+                    file = open_to_read(part)  # before others can see it and make room of it
                     part.replace(path)
                     return file
         except OSError as error:

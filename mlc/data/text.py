@@ -17,7 +17,7 @@ import numpy as np
 
 from shards.captions import words
 from shards.console import UserError
-from shards.files import check_download, check_downloads, disk_errors, whole
+from shards.files import check_downloads, disk_errors, download_problem, whole
 from shards.json_text import to_json
 
 PAD, UNK = 0, 1  # of a word vocabulary
@@ -95,14 +95,14 @@ class Words:
     @classmethod
     def load(cls, path: Path) -> "Words":
         """Raises UserError for a file that `save` did not write."""
-        check_download(path)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             names, most = content["words"], int(content["max_tokens"])
             if not isinstance(names, list) or not all(isinstance(word, str) for word in names) or most < 1:
                 raise ValueError("words must be texts")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is no vocabulary of words ({error}); copy it again from the run") from None
+            reason = download_problem(path) or error
+            raise UserError(f"{path} is no vocabulary of words ({reason}); copy it again from the run") from None
         return cls(names, most)
 
 

@@ -16,6 +16,7 @@ from mlc.data.augment import build_aa
 from mlc.data.decode import Box, decoded
 from mlc.data.decode import upright as upright
 from mlc.data.order import CUTOUT, ERASE, Draws, uniform
+from mlc.parallel.memory import to_device
 from shards.console import UserError
 
 CROPS = ("rrc", "squish", "center", "pad", "if-needed:K")
@@ -152,7 +153,7 @@ def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tenso
 
 def inside(boxes: torch.Tensor, height: int, width: int, device: torch.device) -> torch.Tensor:
     """bool [B, 1, height, width] on the device: the pixels in boxes int64 [B, 4] top, left, bottom, right."""
-    top, left, bottom, right = boxes.to(device, non_blocking=True).view(-1, 4, 1, 1, 1).unbind(1)
+    top, left, bottom, right = to_device(boxes, device).view(-1, 4, 1, 1, 1).unbind(1)
     y, x = torch.arange(height, device=device).view(-1, 1), torch.arange(width, device=device)
     return (y >= top) & (y < bottom) & (x >= left) & (x < right)
 
@@ -195,6 +196,6 @@ def erase(image: torch.Tensor, position: torch.Tensor, *, prob: float, mode: str
         fill = 0.0
         if shape is not None:
             noise = torch.Generator().manual_seed(draws.bits() >> 1)
-            fill = torch.randn(shape, generator=noise).to(image.device, image.dtype, non_blocking=True)
+            fill = to_device(torch.randn(shape, generator=noise).to(image.dtype), image.device)
         image[b, :, top : top + h, left : left + w] = fill
     return image

@@ -24,6 +24,7 @@ from mlc.parallel.srun import join_srun
 from shards import owner
 from shards.console import UserError
 from shards.files import disk_errors
+from shards.workers import default_workers
 
 # By these Accelerate would divide the model itself; see mlc/parallel/strategy.py.
 _OF_ACCELERATE = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
@@ -40,7 +41,7 @@ def start(amp_dtype: str = "auto", *, group: bool = False) -> Accelerator:
         UserError: fewer processes are connected than the launcher started, or there are more than GPUs.
     """
     world, local_world = _from_env("WORLD_SIZE"), _from_env("LOCAL_WORLD_SIZE")
-    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
+    on_cpu = uses_cpu(world, group=group)
     if world > 1 and "MASTER_ADDR" not in os.environ:
         raise UserError(
             f"WORLD_SIZE is {world}, but MASTER_ADDR is not set: the processes cannot meet; "
@@ -49,8 +50,8 @@ def start(amp_dtype: str = "auto", *, group: bool = False) -> Accelerator:
     if on_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"
         if local_world > 1 or "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it to 1 whatever the machine has
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
-    elif local_world > torch.cuda.device_count():
+            torch.set_num_threads(max(1, default_workers() // local_world))
+    elif torch.cuda.is_available() and local_world > torch.cuda.device_count():
         raise UserError(
             f"{local_world} processes were started on a machine with {torch.cuda.device_count()} GPU(s); "
             f"launch with --num_processes {torch.cuda.device_count()}"
@@ -79,6 +80,15 @@ def start(amp_dtype: str = "auto", *, group: bool = False) -> Accelerator:
         _say_rank(accelerator.process_index)
     set_timeout(FIRST_TIMEOUT)
     return accelerator
+
+
+def uses_cpu(world: int, *, group: bool = False) -> bool:
+    """Whether there is no GPU for this process, or none is wanted. Apple's is for one that is
+    alone and in no group: neither gloo nor NCCL moves its tensors."""
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes"):
+        return True
+    alone = world == 1 and not group
+    return not (torch.cuda.is_available() or (alone and torch.backends.mps.is_available()))
 
 
 def _say_rank(rank: int) -> None:
@@ -206,8 +216,9 @@ class Fetched:
     """Tensors on their way to the host, copied as soon as the device has made them: nobody waits before `read`."""
 
     def __init__(self, *tensors: torch.Tensor):
-        self._host = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
-        self._copied = torch.cuda.Event() if tensors[0].is_cuda else None
+        cuda = tensors[0].is_cuda  # Apple's GPU would still be writing when somebody reads
+        self._host = [tensor.to("cpu", non_blocking=cuda) for tensor in tensors]
+        self._copied = torch.cuda.Event() if cuda else None
         if self._copied:
             self._copied.record()
 

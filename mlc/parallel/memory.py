@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_iter
 
 from shards.console import UserError
 
-USABLE = {"cuda": 0.9, "cpu": 0.5}  # share of what is free; fragments and communication buffers live in the rest
+# Share of what is free; fragments and communication buffers live in the rest.
+USABLE = {"cuda": 0.9, "cpu": 0.5, "mps": 0.5}
 _SAID = re.compile("can't allocate memory|out of memory|ALLOC_FAILED")  # by a CPU's allocator, CUDA, cuBLAS and cuDNN
 _CGROUPS = "/sys/fs/cgroup"
 
@@ -40,7 +41,9 @@ def host_memory(system: Path = Path("/")) -> int:
     """Free bytes of the machine, or of the container or job where that may have less."""
     free = [int(line.split()[1]) * 1024 for line in _lines(system / "proc/meminfo") if line.startswith("MemAvailable:")]
     if not free:
-        free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+        import psutil  # which comes with accelerate
+
+        free = [psutil.virtual_memory().available]
     for line in _lines(system / "proc/self/cgroup"):  # `0::/job/step`, and `4:memory:/job/step` in version 1
         _, kind, path = line.split(":", 2)
         if kind not in ("", "memory"):
@@ -70,6 +73,12 @@ def _lines(path: Path) -> list[str]:
         return path.read_text().splitlines()
     except OSError:
         return []
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy that a CUDA device makes while the host goes on. Apple's would read memory that may
+    have been freed by then."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 # ---- how much is taken -----------------------------------------------------------------------------------------------

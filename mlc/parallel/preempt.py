@@ -36,8 +36,9 @@ class StopFlag:
         self.raised = False
         if self._file and not os.environ.get("MLC_KEEP_STOP"):
             self._file.unlink(missing_ok=True)
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
+            if hasattr(signal, name):  # Windows has no SIGUSR1
+                signal.signal(getattr(signal, name), self._on_signal)
 
     def _on_signal(self, number, frame):
         # A launcher passes the first Ctrl-C on as SIGINT and makes a SIGTERM of the second.

@@ -54,14 +54,14 @@ def main(argv: list[str] | None = None) -> None:
     if options.json:
         print(to_json([asdict(read_header(path)) for path in chosen]))
     elif options.name:
-        print(paths[options.name].read_text(), end="")
+        print(paths[options.name].read_text(encoding="utf-8"), end="")
     else:
         _table([read_header(path) for path in chosen])
 
 
 def read_header(path: Path) -> Recipe:
     """What the comments at the top of a recipe say."""
-    what, *rest = re.match(r"(?:#.*\n)+", path.read_text())[0].splitlines()
+    what, *rest = re.match(r"(?:#.*\n)+", path.read_text(encoding="utf-8"))[0].splitlines()
     facts = dict(match.groups() for line in rest if (match := re.match(r"# (source|score|memory|hours): (.*)", line)))
     return Recipe(path.stem, what.removeprefix("# "), **facts)
 

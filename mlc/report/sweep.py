@@ -74,7 +74,7 @@ def best_evaluation(log: Path, metric: str) -> dict[str, Any]:
 
 def write_csv(path: Path, table: Sequence[dict[str, Any]]) -> None:
     names = list(dict.fromkeys(name for row in table for name in row))
-    with whole(path) as building, building.open("w", newline="") as file:
+    with whole(path) as building, building.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(table)
@@ -165,7 +165,7 @@ def write_markdown(path: Path, sweep: Sweep, found: Sequence[Line], table: Seque
     if missing:
         text += ["", f"Not finished, and in no mean: {', '.join(missing)}."]
     with whole(path) as building:
-        building.write_text("\n".join(text) + "\n")
+        building.write_text("\n".join(text) + "\n", encoding="utf-8")
 
 
 def _markdown(names: Sequence[str], found: Sequence[Line], sweep: Sweep) -> Iterator[str]:

@@ -103,7 +103,7 @@ def read(
 def packaged() -> Iterator[tuple[str, str]]:
     """(name, first line) of each packaged sweep."""
     for path in sorted(FOLDER.glob("*.yaml")):
-        yield path.stem, path.read_text().splitlines()[0].removeprefix("# ")
+        yield path.stem, path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def _load(source: str) -> tuple[Path, dict[str, Any]]:
         known = f"{did_you_mean(source, names)} (sweeps: {', '.join(names)})"
         raise UserError(f"{source}: neither a file nor a packaged sweep{known}")
     try:
-        loaded = yaml.safe_load(path.read_text())
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     loaded = _named(path, loaded, "the file")

@@ -163,7 +163,7 @@ def _created(file: Path, holder: Holder) -> bool:
 def _alive(file: Path) -> Holder | None:
     """Who holds the lock by this file; None where that process is dead."""
     holder, touched = _read(file)
-    if holder and holder.place == _place():
+    if holder and holder.place == _place() and os.name == "posix":  # elsewhere `os.kill` with 0 is no question
         return holder if _running(holder) else None
     return _beating(file, touched) if touched else None
 

@@ -27,7 +27,7 @@ def test_without_what_only_linux_has(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    assert (tmp_path / "out" / "run" / "predictions" / "submission.csv").exists()
+    assert (tmp_path / "out" / "run" / "predictions" / "images-submission.csv").exists()
 
 
 @pytest.mark.parametrize(

@@ -218,9 +218,10 @@ def load(
 
 
 def _refuse_other_optimizer(folder: Place, state: dict[str, Any]) -> None:
+    """Raises UserError where the state of a parameter is missing that is there itself."""
     described = tensors(folder)
     for path, _ in _leaves(state, ("optimizer",)):
-        if ".".join(path) not in described:
+        if ".".join(path) not in described and f"model.{path[-2]}" in described:
             then = storage.read_meta(folder).get("config", {}).get("opt", "another optimizer")
             raise UserError(
                 f"{folder} has no {path[-1]} of {path[-2]}: it was made with --opt {then}, or with another --momentum "

@@ -7,8 +7,9 @@ BIN := .venv/bin
 demo: setup
 	@bash scripts/demo.sh
 
+# One thread in each of the two workers: four threads on two cores mostly wait for each other.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests
 
 lint: setup
 	$(BIN)/ruff check .

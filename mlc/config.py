@@ -175,8 +175,8 @@ class Config:
     # ---- Optimisation ----
     opt: str = "adamw"
     """adamw, sgd (Nesterov), lamb, lion or any other of timm's optimizers"""
-    lr: float = 1e-4
-    """peak learning rate"""
+    lr: float | Literal["auto"] = 1e-4
+    """peak learning rate; `auto`: by a rule from optimizer, backbone and batch, said at the start (docs/methods.md)"""
     weight_decay: float = 0.05
     """weight decay, decoupled in AdamW and Lion, part of the gradient in `sgd` (not in `sgdw`); norms, biases, position
     parameters and logit_scale take none"""
@@ -214,8 +214,8 @@ class Config:
     """autocast; `auto` takes the launcher's --mixed_precision on a GPU and none on a CPU"""
     model_ema: bool = True
     """keep an exponential moving average of the weights and evaluate it as well"""
-    model_ema_decay: float = 0.9998
-    """decay of the average per optimizer step"""
+    model_ema_decay: float | Literal["auto"] = 0.9998
+    """decay of the average per optimizer step; `auto`: looks back on a tenth of the run"""
     model_ema_warmup: bool = True
     """start the average with a smaller decay, (1 + step) / (10 + step)"""
     swa_start: str = ""

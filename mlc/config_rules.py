@@ -47,7 +47,7 @@ def impossible(c: Any) -> Iterator[str]:
         if not 0 <= getattr(c, name) <= 1:
             yield f"{flag(name)} must be in [0, 1], not {getattr(c, name)}"
     for name in ("epochs", "lr", "kd_temp", "opt_eps", "crop_pct", "cache_gb", "collective_timeout"):
-        if not getattr(c, name) > 0:
+        if getattr(c, name) != "auto" and not getattr(c, name) > 0:
             yield f"{flag(name)} must be above 0, not {getattr(c, name)}"
     at_least_0 = ("workers", "max_bad_samples", "mixup", "weight_decay", "warmup_lr", "min_lr", "wandb_samples")
     for name in (*at_least_0, "kd_feature"):
@@ -84,6 +84,8 @@ def impossible(c: Any) -> Iterator[str]:
     if c.hard_list and not c.hard_mining:
         yield "--hard-list needs --hard-mining, the share of the samples to take from it"
     yield from _impossible_captions(c)
+    if c.lr == "auto" and (c.features or (c.text_model and c.fusion == "none")):
+        yield "--lr auto goes by the image's backbone, and here is none; give a number"
 
 
 def _impossible_features(c: Any) -> Iterator[str]:

@@ -11,7 +11,7 @@ from argparse import ArgumentTypeError, Namespace
 
 import torch
 
-from mlc import jobs, slurm, stages
+from mlc import auto, jobs, slurm, stages
 from mlc.clock import Clock
 from mlc.config import Config
 from mlc.data.sources import Sources, open_sources, open_validation
@@ -102,7 +102,7 @@ def check(config: Config) -> Sources:
     size = int(config.global_batch_size or config.batch_size)
     lengths = {"epoch_samples": sources.sampler.epoch_samples, "global_batch": size}
     for stage in stages.lay_out(config, **lengths):
-        Clock(stage, **lengths)
+        Clock(auto.with_numbers(stage, size)[0], **lengths)
     return sources
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from mlc import batch_size, kept_weights, rehearsal, resume, stages
+from mlc import auto, batch_size, kept_weights, rehearsal, resume, stages
 from mlc.batch_size import in_evaluation, in_training
 from mlc.captions import by_length, decodes_images, model_name, open_reading, refuse_untrainable
 from mlc.clock import Clock
@@ -95,12 +95,14 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
     plan = batch_size.plan(settings, choice, world)
     progress = start.progress
     lengths = {"epoch_samples": sampler.epoch_samples, "global_batch": plan.global_batch}
-    parts = stages.lay_out(settings, **lengths, ended=progress["stage_ends"])
+    asked = stages.lay_out(settings, **lengths, ended=progress["stage_ends"])
+    parts, chosen = zip(*(auto.with_numbers(part, plan.global_batch) for part in asked), strict=True)
     clocks = [Clock(part, **lengths) for part in parts]  # all now, so that the last one's mistake shows at the start
     for part in parts:
         make_loss(part.config, dataset.group_columns)
     stage = stages.at(parts, progress["samples_seen"], progress["stage_ends"])
     clock, config = clocks[stage.number], stage.config  # from here on the settings of this stage
+    start.notices.extend(chosen[stage.number])
     if config.kd_teacher != settings.kd_teacher:
         sources = open_sources(config)  # with its soft labels
 

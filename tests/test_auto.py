@@ -1,0 +1,55 @@
+"""The rules behind `auto`: rates and averages that suit the network, the batch and the length of the run."""
+
+import pytest
+from conftest import TINY, log_of
+
+from mlc import auto, train
+from mlc.config import Config
+from mlc.stages import lay_out
+from shards.console import UserError
+
+
+def rate(model: str, batch: int, *, opt: str = "adamw", pretrained: bool = True) -> float:
+    return auto.learning_rate(model=model, opt=opt, global_batch=batch, pretrained=pretrained)[0]
+
+
+def test_the_rate_grows_with_the_root_of_the_batch_up_to_a_limit():
+    assert [rate("tf_efficientnet_lite0", batch) for batch in (4, 16, 64, 4096)] == [1e-3, 2e-3, 4e-3, 5e-3]
+    assert rate("resnet50.a1_in1k", 16, opt="sgd") == 2e-2 and rate("resnet50", 16, opt="lion") == 4e-4
+    assert rate("swinv2_tiny_window8_256", 64) == 5e-4 and rate("vit_base_patch16_224", 16) == 2.5e-4
+    assert rate("convnext_tiny", 16, pretrained=False) == 2e-3
+    with pytest.raises(UserError, match="--lr auto knows no rate for --opt adan, only for adamw"):
+        rate("resnet50", 16, opt="adan")
+
+
+@pytest.mark.parametrize(
+    "model, norm",
+    [("swinv2_cr_tiny_224", "layer norm"), ("deit3_small_patch16_224", "layer norm"), ("regnety_002", "batch norm")],
+)
+def test_families(model, norm):
+    assert auto.norm_of(model) == norm
+
+
+def test_the_average_looks_back_on_a_tenth_of_the_run():
+    assert [auto.ema_decay(steps) for steps in (1, 20, 1000, 10**6)] == [0.5, 0.5, 0.99, 0.9998]
+
+
+def test_each_stage_has_numbers_of_its_own():
+    config = Config(model="resnet18", lr="auto", stages=[{"for": "1ep", "opt": "sgd"}, {"lr": 0.5}], epochs=2)
+    parts = lay_out(config, epoch_samples=160, global_batch=16)
+    found, said = zip(*(auto.with_numbers(part, 16) for part in parts), strict=True)
+    assert [part.config.lr for part in found] == [2e-2, 0.5] and config.lr == "auto"
+    assert said[0] == ["learning rate auto: 0.02 (sgd, batch norm, new weights, 16 samples a step)"] and said[1] == []
+    with pytest.raises(UserError, match="--lr auto goes by the image's backbone"):
+        Config(lr="auto", features=["f.arrow"], experiment="x")
+
+
+def test_a_run_says_what_it_took(shards, tmp_path, capsys):
+    flags = ["--data", str(shards), "--output", str(tmp_path), "--experiment", "run", "-b", "8", "-j", "0"]
+    flags += ["--lr", "auto", "--model-ema-decay", "auto", "--max-steps", "2", "--warmup", "50%", "--log-interval", "1"]
+    assert train.main([*TINY, *flags]) == 0
+    said = capsys.readouterr().err
+    assert "learning rate auto: 0.0014 (adamw, layer norm, new weights, 8 samples a step)" in said
+    assert "decay of the average auto: 0.5" in said
+    assert [line["train/lr"] for line in log_of(tmp_path / "run") if "train/lr" in line] == [0, 0.0014]
+    assert "lr: auto" in (tmp_path / "run" / "args.yaml").read_text()

@@ -16,12 +16,12 @@ from mlc.data.prediction_sources import note, of_split, refuse_others
 from mlc.inference import tta_views
 from mlc.metrics import bootstrap, multilabel, thresholds
 from mlc.metrics.scorecard import Scorecard
-from mlc.models.export import load_exported
 from mlc.parallel import launch
 from mlc.predict import (
     add_compute_flags,
     add_data_flags,
     features_of,
+    load_everywhere,
     open_rows,
     predict,
     weights_folder,
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     dataset, reader, rows = open_rows(options, labelled=True)
     accelerator = launch.start(options.amp_dtype)
     weights = weights_folder(options.run, options.weights)
-    model, info = load_exported(weights)
+    ((model, info),) = load_everywhere([weights])
     if info["label_names"] != list(dataset.classes):
         raise UserError(
             f"{options.data} has other classes than the run {options.run}; evaluate on the data it was trained for"

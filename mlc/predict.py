@@ -5,6 +5,7 @@ beside it the labels, in the columns of the data set's tables. Several runs shar
 data: reading and decoding often cost more than a model.
 """
 
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None, load: Callable[[], tuple[torch.nn.Module
     # ---- Models and data
     names = run_names(options.run)
     weights = None if load else [weights_folder(run, options.weights) for run in options.run]
-    loaded = [load()] if load else [load_exported(folder) for folder in weights]
+    loaded = [load()] if load else load_everywhere(weights)
     classes = loaded[0][1]["label_names"]
     order = [_columns(run, info, options.run[0], classes) for run, (_, info) in zip(options.run, loaded, strict=True)]
     asked = _open(options, classes, loaded[0][1])
@@ -155,6 +156,26 @@ def predict_each(
         if wrong := non_finite(own[seen], rows[seen], reader, info["label_names"]):
             raise UserError(f"{wrong}; try --amp-dtype none, or other weights")
     return scores, seen
+
+
+def load_everywhere(folders: Sequence[Path]) -> list[tuple[torch.nn.Module, dict]]:
+    """`load_exported` of each, on all processes, which call it together.
+
+    Raises:
+        UserError: the processes read other weights, since a training replaced them meanwhile.
+    """
+    loaded = [load_exported(folder) for folder in folders]
+    if torch.distributed.is_initialized():
+        checks = {f"content of {f}": _checksum(model) for f, (model, _) in zip(folders, loaded, strict=True)}
+        agree.require_same(checks)
+    return loaded
+
+
+def _checksum(model: torch.nn.Module) -> int:
+    found = 0
+    for tensor in model.state_dict().values():
+        found = zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy(), found)
+    return found
 
 
 def weights_folder(run: str, which: str = "best") -> Path:

@@ -94,8 +94,31 @@ def another_setting() -> None:
         train.read_config = lambda argv: dataclasses.replace(read(argv), lr=0.25)
 
 
+def other_weights() -> None:
+    """A training replaces the weights after the first process has read them."""
+    if os.environ["RANK"] == "1":
+        read = predict.load_exported
+
+        def read_newer(folder):
+            model, info = read(folder)
+            next(model.parameters()).data.flatten()[0] += 1
+            return model, info
+
+        predict.load_exported = read_newer
+
+
 PROGRAMS = {"train.py": train.main, "mlc": cli.main}
-BESIDES = {setup.__name__: setup for setup in (another_opinion, another_setting, little_memory, no_inductor, stopped)}
+BESIDES = {
+    setup.__name__: setup
+    for setup in (
+        another_opinion,
+        another_setting,
+        little_memory,
+        no_inductor,
+        other_weights,
+        stopped,
+    )
+}
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------

@@ -33,9 +33,9 @@ def ask(size: int | str, argv: list[str], *besides: str) -> tuple[list[int], str
     return answer["codes"], answer["printed"] + answer["said"]
 
 
-def call(processes: int, program: str, argv: list[str]) -> subprocess.CompletedProcess:
-    """`train.py ARGV` or `mlc ARGV` in so many processes, as if a launcher had been waited for."""
-    answer = _answer(processes, program, argv, ())
+def call(processes: int, program: str, argv: list[str], *besides: str) -> subprocess.CompletedProcess:
+    """`train.py ARGV` or `mlc ARGV` in so many processes, as if a launcher had been waited for; besides: as `ask`."""
+    answer = _answer(processes, program, argv, besides)
     code = max(answer["codes"], key=abs)
     return subprocess.CompletedProcess([program, *argv], code, answer["printed"], answer["said"])
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import worlds
 import yaml
 from conftest import TINY, log_of, run
 from PIL import Image
@@ -45,6 +46,12 @@ def trained(shards, tmp_path_factory) -> Path:
         processes=2,
     )
     return folder / "run"
+
+
+def test_weights_that_are_replaced_while_they_are_read(trained, shards, tmp_path):
+    argv = ["predict", "--run", str(trained), "--data", str(shards), "-j", "0", "--out", str(tmp_path / "out")]
+    done = worlds.call(2, "mlc", argv, "other_weights")
+    assert done.returncode == 2 and "another content of" in done.stderr and not (tmp_path / "out").exists()
 
 
 def predict(trained: Path, shards: Path, out: Path, processes: int, *more: str) -> tuple[bytes, bytes]:

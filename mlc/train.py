@@ -59,6 +59,17 @@ class Ended(Enum):
     STAGE = "the next stage begins"
 
 
+def why_ended(*, finished: bool, stopped: bool, stage_over: bool, last_stage: bool) -> Ended | None:
+    """None for a run that goes on. `stage_over`: it has its length, or patience ends it."""
+    if finished:
+        return Ended.FINISHED
+    if stage_over and last_stage:
+        return Ended.PATIENCE
+    if stopped:
+        return Ended.STOPPED
+    return Ended.STAGE if stage_over else None
+
+
 @launch.peers()
 @readers()
 def main(argv: list[str] | None = None) -> int:
@@ -417,12 +428,6 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
             guard.check(step, norm, at_end=at_end)
             found += found_now
             stopped += stopped_now
-        if at_end:
-            ended = Ended.FINISHED
-        elif stopped > 0:
-            ended = Ended.STOPPED
-        elif stage_end:
-            ended = Ended.STAGE
         if found > 0:
             for text in bad.add(gather_object(met)):
                 log.say(text)
@@ -457,15 +462,17 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
         with meter.paused():
             if evaluating:
                 evaluate_and_keep_best()
-                if ended in (None, Ended.STAGE) and out_of_patience():
-                    ended = Ended.PATIENCE if stage.last else Ended.STAGE
-                    what = f"stage {stage.number + 1} " if len(parts) > 1 else ""
-                    waited = f"no better {config.eval_metric} in {settings.patience} evaluations"
-                    log.say(f"{waited}: {what}ended at step {step}")
             if not validation and at_end:
                 keep("last", averaged or bare, None)
-            if (stage_end or ended is Ended.STAGE) and not stage.last:
+            exhausted = bool(evaluating) and not at_end and out_of_patience()
+            if exhausted:
+                what = f"stage {stage.number + 1} " if len(parts) > 1 else ""
+                waited = f"no better {config.eval_metric} in {settings.patience} evaluations"
+                log.say(f"{waited}: {what}ended at step {step}")
+            over = stage_end or exhausted
+            if over and not stage.last:
                 progress["stage_ends"].append((step, samples_seen))
+            ended = why_ended(finished=at_end, stopped=stopped > 0, stage_over=over, last_stage=stage.last)
             if saving or ended:
                 save_checkpoint()
             if ended:

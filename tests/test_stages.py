@@ -115,6 +115,33 @@ def test_steps_of_another_size_do_not_end_the_run_in_a_stage(shards, tmp_path, m
     assert train.main(again) == 0 and "is finished at 152 of 152" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "finished, over, last, stopped, why",
+    [
+        (False, False, False, False, None),
+        (True, True, True, True, train.Ended.FINISHED),  # a stop in the last step is none
+        (False, True, True, True, train.Ended.PATIENCE),
+        (False, True, False, True, train.Ended.STOPPED),  # the next stage begins at the resume
+        (False, False, True, True, train.Ended.STOPPED),
+        (False, True, False, False, train.Ended.STAGE),
+    ],
+)
+def test_one_value_says_why_the_loop_ended(finished, over, last, stopped, why):
+    assert train.why_ended(finished=finished, stopped=stopped, stage_over=over, last_stage=last) is why
+
+
+def test_a_stop_at_the_step_that_ends_a_stages_patience(shards, tmp_path, monkeypatch):
+    flags = ["--lr", "1e-30", "--eval-every", "1st", "--eval-metric", "loss", "--no-model-ema", "--patience", "1"]
+    flags += ["--stages", "[{for: 5st, freeze: backbone}, {for: 3st}]"]
+    assert train.main(argv(shards, tmp_path / "whole", *flags)) == 0
+    with monkeypatch.context() as patch:
+        stopping_at(patch, 2)  # acted on at the end of that step, since it is evaluated
+        train.main(argv(shards, tmp_path / "cut", *flags))
+    assert log_of(tmp_path / "cut" / "run")[-1]["step"] == 2
+    train.main(argv(shards, tmp_path / "cut", *flags, "--resume", "auto"))
+    same_run(tmp_path / "whole", tmp_path / "cut")
+
+
 def weights(shards, folder, *flags: str) -> tuple[dict, dict]:
     """(the first weights, those after the run)"""
     start = argv(shards, folder / "start", "--max-steps", "1", "--lr", "1e-30", "--no-model-ema", *flags)

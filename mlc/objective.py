@@ -8,6 +8,8 @@ import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,9 +31,29 @@ from shards.dataset import Dataset
 Groups = Mapping[str, Sequence[int]]  # the columns of each group's classes
 
 
-def make_loss(config: Config, groups: Groups) -> Loss:
+@dataclass(frozen=True)
+class ClassCounts:
+    """How often classes come in an epoch of the stream: `positives` float64 [C] of `samples`."""
+
+    positives: np.ndarray
+    samples: float
+
+    @classmethod
+    def of(cls, config: Config, sampler: Sampler) -> "ClassCounts | None":
+        """None where no setting asks for them: counting takes a while where rows are many."""
+        if config.weighted_loss == "none" and "db" not in (config.loss, *config.group_loss.values()):
+            return None
+        return cls(sampler.expected_frequencies() * sampler.epoch_samples, sampler.epoch_samples)
+
+    def frequencies(self) -> np.ndarray:
+        """float64 [C], inside (0, 1): a class of no sample has one, one of all samples all but one."""
+        most = max(self.samples, 2)
+        return self.positives.clip(1, most - 1) / most
+
+
+def make_loss(config: Config, groups: Groups, counts: ClassCounts | None = None) -> Loss:
     """The loss of `--loss`, and for the columns of a group its `--group-loss`: logits [B, C], target [B, C] -> float32
-    [B, C].
+    [B, C]. counts: for the losses that look at them.
 
     A loss that looks at several classes at once sees those that share it, and with `--groups` the trained ones apart
     from the others. A class in two groups takes the loss of the last one.
@@ -42,8 +64,6 @@ def make_loss(config: Config, groups: Groups) -> Loss:
     _refuse_unknown("--group-loss", config.group_loss, groups, "group")
     _refuse_unknown("--group-loss", config.group_loss.values(), LOSSES, "loss")
     _refuse_unknown("--groups", config.groups, groups, "group")
-    if not config.group_loss and not config.groups:
-        return _loss(config, config.loss)
 
     @functools.lru_cache(maxsize=4)
     def parts(classes: int, device: torch.device) -> list[tuple[Tensor, Loss]]:
@@ -53,11 +73,16 @@ def make_loss(config: Config, groups: Groups) -> Loss:
         columns = defaultdict(list)
         for column, name in names.items():
             columns[name, column in trained].append(column)
-        return [(torch.tensor(own, device=device), _loss(config, name)) for (name, _), own in columns.items()]
+        return [
+            (torch.tensor(own, device=device), _loss(config, name, counts, own, device))
+            for (name, _), own in columns.items()
+        ]
 
     def by_group(logits: Tensor, target: Tensor) -> Tensor:
+        if len(each := parts(logits.shape[1], logits.device)) == 1:
+            return each[0][1](logits, target)
         loss = torch.zeros(logits.shape, device=logits.device)
-        for columns, own in parts(logits.shape[1], logits.device):
+        for columns, own in each:
             value = own(logits.index_select(1, columns), target.index_select(1, columns))
             loss = loss.index_copy(1, columns, value)
         return loss
@@ -65,13 +90,24 @@ def make_loss(config: Config, groups: Groups) -> Loss:
     return by_group
 
 
-def _loss(config: Config, name: str) -> Loss:
-    settings = {
+def _loss(config: Config, name: str, counts: ClassCounts | None, columns: Sequence[int], device: torch.device) -> Loss:
+    """One loss with its settings, for those columns."""
+    settings: dict[str, dict[str, Any]] = {
         "focal": {"gamma": config.focal_gamma, "alpha": -1.0 if config.focal_alpha is None else config.focal_alpha},
         "asl": {"gamma_neg": config.asl_gamma_neg, "gamma_pos": config.asl_gamma_pos, "clip": config.asl_clip},
         "two-way": {"temperature": config.two_way_temp},
         "soft-fbeta": {"beta": config.fbeta},
+        "db": {
+            "weight_map": config.db_map,
+            "neg_scale": config.db_neg_scale,
+            "bias": config.db_bias,
+            "gamma": config.db_gamma,
+            "smoothing": config.smoothing,
+        },
     }
+    if name == "db":
+        frequencies = counts.frequencies()[columns]
+        settings["db"]["frequencies"] = torch.tensor(frequencies, dtype=torch.float32, device=device)
     return functools.partial(LOSSES[name], **settings.get(name, {}))
 
 
@@ -163,14 +199,13 @@ class Objective:
             UserError: a group, loss or teacher that does not exist.
         """
         mean, std = normalization
-        counts = np.ones(len(dataset.classes))
-        if config.weighted_loss != "none":  # counting takes a while where rows are many
-            counts = sampler.expected_frequencies() * sampler.epoch_samples
+        counts = ClassCounts.of(config, sampler)
+        positives = counts.positives if counts else np.ones(len(dataset.classes))
         models = [name for name in config.kd_teacher if not is_prediction_file(name)]
         return cls(
             config,
-            loss=make_loss(config, dataset.group_columns),
-            weights=loss_weights(config, dataset.group_columns, counts, device),
+            loss=make_loss(config, dataset.group_columns, counts),
+            weights=loss_weights(config, dataset.group_columns, positives, device),
             teachers=open_teachers(
                 models,
                 averaged=averaged,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # logits [B, C], target [B, C] -> [B, C]
 ABSENT = -1e30  # takes a term out of a logsumexp; with -inf a sum of no terms would have NaN for a gradient
+TINY = 1e-30  # keeps the slope of a power below 1, and a quotient, finite at zero
 
 
 def bce(logits: Tensor, target: Tensor) -> Tensor:
@@ -32,7 +33,7 @@ def focal(logits: Tensor, target: Tensor, gamma: float = 2.0, alpha: float = -1.
     x, t = logits.float(), target.float()
     # 1 - p_t out of two sigmoids: subtracting p_t from 1 would lose every digit of a confident, correct answer.
     # The floor keeps the slope of a power below 1 finite at zero.
-    miss = (torch.sigmoid(x) * (1 - t) + torch.sigmoid(-x) * t).clamp_min(1e-30)
+    miss = (torch.sigmoid(x) * (1 - t) + torch.sigmoid(-x) * t).clamp_min(TINY)
     loss = bce(x, t) * miss**gamma
     return loss * (alpha * t + (1 - alpha) * (1 - t)) if alpha >= 0 else loss
 
@@ -53,7 +54,7 @@ def asl(logits: Tensor, target: Tensor, gamma_neg: float = 4.0, gamma_pos: float
     if not (gamma_neg or gamma_pos):
         return loss
     # The floor keeps the slope of a power below 1 finite where the answer is wholly right.
-    away = (hit * t + (miss - clip).clamp_min(0) * (1 - t)).clamp_min(1e-30)
+    away = (hit * t + (miss - clip).clamp_min(0) * (1 - t)).clamp_min(TINY)
     return loss * away ** (gamma_pos * t + gamma_neg * (1 - t))
 
 
@@ -69,15 +70,72 @@ def two_way(logits: Tensor, target: Tensor, temperature: float = 4.0) -> Tensor:
     The samples of a class are those of this call: one micro-batch of one device. So this loss alone depends on how a
     global batch is divided.
     """
-    x, t = logits.float(), target.float()
-    positive = (t.log() - x / temperature).masked_fill(t <= 0, ABSENT)
-    negative = ((-t).log1p() + x).masked_fill(t >= 1, ABSENT)
+    t = target.float()
+    positive, negative = _log_terms(logits, target, temperature)
     parts = []
     for dim in (1, 0):
         margin = temperature * positive.logsumexp(dim, keepdim=True) + negative.logsumexp(dim, keepdim=True)
         present = (t > 0).any(dim, keepdim=True).float()
-        parts.append(F.softplus(margin) * present / present.mean().clamp_min(1e-30))
+        parts.append(F.softplus(margin) * present / present.mean().clamp_min(TINY))
     return parts[0] + parts[1]
+
+
+def _log_terms(logits: Tensor, target: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """log(t exp(-x / T)) and log((1 - t) exp(x)), float32 [B, C] each, for sums of exponentials; ABSENT for log 0."""
+    x, t = logits.float(), target.float()
+    positive = (t.log() - x / temperature).masked_fill(t <= 0, ABSENT)
+    return positive, ((-t).log1p() + x).masked_fill(t >= 1, ABSENT)
+
+
+def zlpr(logits: Tensor, target: Tensor) -> Tensor:
+    """Zero-bounded log-sum-exp and pairwise rank-based loss of each sample, the same for all of its classes.
+    `[B, C], [B, C] in 0..1 -> float32 [B, C]`.
+
+    log(1 + sum_i t_i exp(-x_i)) + log(1 + sum_j (1 - t_j) exp(x_j)) with sums over the classes of a sample: positives
+    above negatives, and 0 between them. As every class has the sample's value, the mean over [B, C] is the mean over
+    samples. Su et al. 2022, "ZLPR: A Novel Loss for Multi-label Classification"; on hard targets equal to timm's
+    `ZlprLoss`, which makes soft ones hard where here they weigh the terms.
+    """
+    value = sum(F.softplus(terms.logsumexp(1, keepdim=True)) for terms in _log_terms(logits, target))
+    return value.expand(logits.shape)
+
+
+def distribution_balanced(
+    logits: Tensor,
+    target: Tensor,
+    frequencies: Tensor | float = 0.5,
+    weight_map: tuple[float, float, float] = (0.1, 10.0, 0.2),
+    neg_scale: float = 2.0,
+    bias: float = 0.05,
+    gamma: float = 2.0,
+    smoothing: float = 0.0,
+) -> Tensor:
+    """Distribution-balanced loss for long-tailed classes. `[B, C], [B, C] in 0..1 -> float32 [B, C]`.
+
+    frequencies [C] or a number: share f of the training samples that have each class, inside (0, 1).
+
+    Re-balanced weights: 1 / f over its sum over the sample's positives is how much of a class-balanced draw of this
+    sample is for this class; with weight_map = (a, b, m) a class weighs a + sigmoid(b (ratio - m)). A sample without
+    positives has the largest weight. They look at labels before their `smoothing`, whose amount is undone for them.
+    Negative-tolerant: with z = x + bias logit(f) / neg_scale a positive costs softplus(-z) and a negative
+    softplus(neg_scale z) / neg_scale, so that the many negatives of a rare class do not push it down for ever. gamma
+    above 0 makes easy labels count less, by 2 (1 - p_t)^gamma as in the authors' code.
+
+    Wu et al. 2020, "Distribution-Balanced Loss for Multi-Label Classification in Long-Tailed Datasets"; equal to timm's
+    `DistributionBalancedLoss`, soft targets included.
+    """
+    x, t = logits.float(), target.float()
+    f = torch.as_tensor(frequencies, dtype=torch.float32, device=x.device)
+    labels = ((t - smoothing / 2) / max(1 - smoothing, TINY)).clamp(0, 1)
+    floor, slope, middle = weight_map
+    ratio = 1 / f / (labels / f).sum(1, keepdim=True).clamp_min(TINY)
+    weight = floor + torch.sigmoid(slope * (ratio - middle))
+    z = x + bias / neg_scale * f.logit()
+    positive, negative = F.softplus(-z), F.softplus(neg_scale * z) / neg_scale
+    if gamma:
+        positive = 2 * positive * torch.sigmoid(-z).clamp_min(TINY) ** gamma
+        negative = 2 * negative * torch.sigmoid(neg_scale * z).clamp_min(TINY) ** gamma
+    return weight * (t * positive + (1 - t) * negative)
 
 
 def soft_fbeta(logits: Tensor, target: Tensor, beta: float = 1.0) -> Tensor:
@@ -120,5 +178,7 @@ LOSSES = {
     "focal": focal,
     "asl": asl,
     "two-way": two_way,
+    "zlpr": zlpr,
+    "db": distribution_balanced,
     "soft-fbeta": soft_fbeta,
 }

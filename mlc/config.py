@@ -256,6 +256,13 @@ class Config:
     inverse frequency; 1 for a class without a training sample"""
     weighted_beta: float = 0.999
     """`effective`: beta"""
+    pos_weight: Literal["none", "balanced"] = "none"
+    """`bce`, `focal`, `asl`: weight of a class's positives, negatives over positives in the training data; 1 for a
+    class that no sample or every sample has"""
+    pos_weight_max: float = 20.0
+    """`balanced`: no weight is above this"""
+    pos_weight_power: float = 1.0
+    """`balanced`: (negatives / positives) to this power, 0.5 for their square root"""
     groups: list[str] = field(default_factory=list)
     """train on the classes of this group alone; may be repeated (default: all classes)"""
     group_loss: dict[str, str] = field(default_factory=dict)

@@ -52,6 +52,21 @@ def test_the_balanced_loss_knows_how_often_its_classes_come(batch, columns):
     torch.testing.assert_close(loss[:, columns], distribution_balanced(*own, often, (0.2, 5, 0.3), 3, 0.1, 1, 0.1))
 
 
+def test_weights_of_positives_are_trained_with_and_not_measured_with(batch):
+    logits, target = batch
+    config = Config(pos_weight="balanced", pos_weight_max=30.0, group_loss={"tag": "focal"}, smoothing=0.1)
+    made = [make_loss(config, GROUPS, ClassCounts(COUNTS, 1000.0), pos_weight=on) for on in (False, True)]
+    objective = Objective(config, loss=made[0], weighted=made[1], autocast=nullcontext)
+    total, _ = objective(lambda image: logits, torch.zeros(1), target, {}, None)
+    weights = torch.tensor([9.0, 30, 1, 30, 30, 1])  # 900 / 100, three above the most, none and all positive
+    labels = 0.9 * target + 0.05
+    other, tag = [0, 2, 3, 5], [1, 4]
+    expected = bce(logits[:, other], labels[:, other], weights[other]).sum()
+    expected += focal(logits[:, tag], labels[:, tag], pos_weight=weights[tag]).sum()
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(objective.loss(logits, target)[:, other], bce(logits, target)[:, other])
+
+
 @pytest.mark.parametrize("name", ["focal", "two-way", "zlpr", "soft-fbeta"])
 def test_a_groups_loss_sees_its_columns_alone(batch, name):
     logits, target = batch

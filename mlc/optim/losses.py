@@ -18,12 +18,17 @@ ABSENT = -1e30  # takes a term out of a logsumexp; with -inf a sum of no terms w
 TINY = 1e-30  # keeps the slope of a power below 1, and a quotient, finite at zero
 
 
-def bce(logits: Tensor, target: Tensor) -> Tensor:
-    """Binary cross-entropy of sigmoid(logits) in nats. `[B, C], [B, C] in 0..1 -> float32 [B, C]`."""
-    return F.binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="none")
+def bce(logits: Tensor, target: Tensor, pos_weight: Tensor | None = None) -> Tensor:
+    """Binary cross-entropy of sigmoid(logits) in nats. `[B, C], [B, C] in 0..1 -> float32 [B, C]`.
+
+    pos_weight: float32 [C], weighs t log p of each class, as torch's; here and in the losses that have it too.
+    """
+    return F.binary_cross_entropy_with_logits(logits.float(), target.float(), pos_weight=pos_weight, reduction="none")
 
 
-def focal(logits: Tensor, target: Tensor, gamma: float = 2.0, alpha: float = -1.0) -> Tensor:
+def focal(
+    logits: Tensor, target: Tensor, gamma: float = 2.0, alpha: float = -1.0, pos_weight: Tensor | None = None
+) -> Tensor:
     """Cross-entropy scaled by (1 - p_t)^gamma. `[B, C], [B, C] in 0..1 -> float32 [B, C]`.
 
     p_t = p t + (1 - p)(1 - t); alpha in 0..1 weights positives by alpha and negatives by 1 - alpha, and is off below 0.
@@ -34,11 +39,18 @@ def focal(logits: Tensor, target: Tensor, gamma: float = 2.0, alpha: float = -1.
     # 1 - p_t out of two sigmoids: subtracting p_t from 1 would lose every digit of a confident, correct answer.
     # The floor keeps the slope of a power below 1 finite at zero.
     miss = (torch.sigmoid(x) * (1 - t) + torch.sigmoid(-x) * t).clamp_min(TINY)
-    loss = bce(x, t) * miss**gamma
+    loss = bce(x, t, pos_weight) * miss**gamma
     return loss * (alpha * t + (1 - alpha) * (1 - t)) if alpha >= 0 else loss
 
 
-def asl(logits: Tensor, target: Tensor, gamma_neg: float = 4.0, gamma_pos: float = 0.0, clip: float = 0.05) -> Tensor:
+def asl(
+    logits: Tensor,
+    target: Tensor,
+    gamma_neg: float = 4.0,
+    gamma_pos: float = 0.0,
+    clip: float = 0.05,
+    pos_weight: Tensor | None = None,
+) -> Tensor:
     """Asymmetric loss. `[B, C], [B, C] in 0..1 -> float32 [B, C]`.
 
     -(1 - p_t)^gamma (t log p + (1 - t) log(1 - p_m)) with p_m = max(p - clip, 0), p_t = p t + (1 - p_m)(1 - t) and
@@ -50,7 +62,8 @@ def asl(logits: Tensor, target: Tensor, gamma_neg: float = 4.0, gamma_pos: float
     x, t = logits.float(), target.float()
     miss, hit = torch.sigmoid(x), torch.sigmoid(-x)  # of a negative; subtracting from 1 would lose digits
     log_negative = (hit + clip).clamp_max(1).log() if clip else F.logsigmoid(-x)
-    loss = -(t * F.logsigmoid(x) + (1 - t) * log_negative)
+    log_positive = F.logsigmoid(x) if pos_weight is None else pos_weight * F.logsigmoid(x)
+    loss = -(t * log_positive + (1 - t) * log_negative)
     if not (gamma_neg or gamma_pos):
         return loss
     # The floor keeps the slope of a power below 1 finite where the answer is wholly right.
@@ -171,6 +184,19 @@ def class_weights(counts: Tensor, kind: str, beta: float = 0.999) -> Tensor:
     weights = torch.ones(len(counts))
     weights[present] = (own / own.mean()).float()
     return weights
+
+
+def pos_weights(counts: Tensor, samples: float, most: float = 20.0, power: float = 1.0) -> Tensor:
+    """float32 [C]: (negatives / positives)^power of each class, at most `most`; 1 for a class without positives
+    or without negatives, where there is nothing to balance. counts [C]: positives among the samples.
+
+    With power 1 positives and negatives of a class come to the same sum, with 0.5 half way there on a logarithmic
+    scale. timm's `compute_class_weights(method="neg_pos")`, but for these.
+    """
+    n = counts.double()
+    negatives = samples - n
+    weights = (negatives.clamp_min(0) / n.clamp_min(TINY)) ** power
+    return torch.where((n > 0) & (negatives > 0), weights.clamp_max(most), 1.0).float()
 
 
 LOSSES = {

@@ -6,6 +6,7 @@ import pytest
 import torch
 from sklearn.metrics import fbeta_score
 from timm.loss import AsymmetricLossMultiLabel, DistributionBalancedLoss, ZlprLoss
+from timm.loss.class_weights import compute_class_weights
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchvision.ops import sigmoid_focal_loss
 
@@ -16,6 +17,7 @@ from mlc.optim.losses import (
     class_weights,
     distribution_balanced,
     focal,
+    pos_weights,
     smooth,
     soft_fbeta,
     two_way,
@@ -201,10 +203,32 @@ def test_a_class_without_positives_leaves_the_weights_of_the_others_alone(kind):
     assert class_weights(torch.zeros(3), kind).tolist() == [1, 1, 1]  # of the trained group nothing is labelled
 
 
+@pytest.mark.parametrize("power, most", [(1.0, 20.0), (0.5, 1000.0)])
+def test_weights_of_positives_are_timms_where_there_is_something_to_balance(power, most):
+    counts = torch.tensor([1.0, 40.0, 700.0, 1000.0, 0.0])
+    _, expected = compute_class_weights(counts, 1000, "neg_pos", power=power, max_weight=most)
+    seen = pos_weights(counts, 1000, most, power)
+    torch.testing.assert_close(seen[:3], expected[:3])
+    assert seen[3:].tolist() == [1, 1] and seen.max() <= most
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_positives_weigh_as_in_torch_and_timm(soft):
+    logits, target = batch(soft)
+    weights = torch.tensor([0.3, 1.0, 4.0, 20.0, 7.0])
+    torchs = binary_cross_entropy_with_logits(logits, target, pos_weight=weights, reduction="none")
+    torch.testing.assert_close(bce(logits, target, weights), torchs)
+    torch.testing.assert_close(focal(logits, target, gamma=0, pos_weight=weights), torchs)
+    timms = AsymmetricLossMultiLabel(4, 0, 0.05, reduction="none", pos_weight=weights)(logits / 3, target)
+    torch.testing.assert_close(asl(logits / 3, target, pos_weight=weights), timms, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "loss",
     [
         *LOSSES.values(),
+        partial(bce, pos_weight=torch.linspace(0, 20, 7)),
+        partial(asl, pos_weight=torch.linspace(0, 20, 7)),
         partial(focal, gamma=0.5),
         partial(focal, alpha=0.25),
         partial(asl, clip=0),

@@ -225,8 +225,9 @@ class Config:
     """duration between two weights of that mean; one after each step at most"""
 
     # ---- Loss ----
-    loss: Literal["bce", "focal", "asl", "two-way", "soft-fbeta"] = "bce"
-    """loss of the logits: binary cross-entropy, focal, asymmetric (ASL), two-way, or 1 - soft F-beta of each sample"""
+    loss: Literal["bce", "focal", "asl", "two-way", "zlpr", "db", "soft-fbeta"] = "bce"
+    """loss of the logits: binary cross-entropy, focal, asymmetric (ASL), two-way, zero-bounded ranking (ZLPR),
+    distribution-balanced (for long-tailed classes), or 1 - soft F-beta of each sample"""
     focal_gamma: float = 2.0
     """`focal`: how much less an easy label counts"""
     focal_alpha: float | None = None
@@ -240,6 +241,14 @@ class Config:
     two_way_temp: float = 4.0
     """`two-way`: temperature of the positives. It also compares the samples of one micro-batch in each class, so this
     loss alone depends on --batch-size"""
+    db_map: tuple[float, float, float] = (0.1, 10.0, 0.2)
+    """`db`: least weight a, slope b and middle m of a + sigmoid(b (ratio - m)), the weight of a label"""
+    db_neg_scale: float = 2.0
+    """`db`: scale of a negative's logit, above 1 to tolerate it longer; 1 for none"""
+    db_bias: float = 0.05
+    """`db`: share of the classes' prior logits that is added to the logits"""
+    db_gamma: float = 2.0
+    """`db`: how much less an easy label counts; 0 for the loss of the paper's formula"""
     fbeta: float = 1.0
     """`soft-fbeta`: beta, above 1 for more recall"""
     weighted_loss: Literal["none", "effective", "inverse"] = "none"
@@ -247,6 +256,13 @@ class Config:
     inverse frequency; 1 for a class without a training sample"""
     weighted_beta: float = 0.999
     """`effective`: beta"""
+    pos_weight: Literal["none", "balanced"] = "none"
+    """`bce`, `focal`, `asl`: weight of a class's positives, negatives over positives in the training data; 1 for a
+    class that no sample or every sample has"""
+    pos_weight_max: float = 20.0
+    """`balanced`: no weight is above this"""
+    pos_weight_power: float = 1.0
+    """`balanced`: (negatives / positives) to this power, 0.5 for their square root"""
     groups: list[str] = field(default_factory=list)
     """train on the classes of this group alone; may be repeated (default: all classes)"""
     group_loss: dict[str, str] = field(default_factory=dict)

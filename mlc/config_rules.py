@@ -16,6 +16,7 @@ _CAPTIONS += ("load", "load_text", "load_combine")
 # What changes images, or the models that see them.
 _IMAGES = ("model", "pretrained", "pretrained_path", "img_size", "drop_path", "model_kwargs", "freeze", "layer_decay")
 _IMAGES += ("grad_checkpointing", "compile", "text_model", "vflip", "aa", "reprob", "cutout", "kd_feature")
+_WITH_POS_WEIGHT = ("bce", "focal", "asl")  # whose value is of one class alone
 _ON_FEATURES = ("linear", "mlp", "lstm")  # heads that look at no places of an image
 
 _RANGES = (
@@ -27,8 +28,16 @@ _RANGES = (
     (("patience", "max_tokens"), lambda x: x >= 1, "at least 1"),
     (("weighted_beta",), lambda x: 0 < x < 1, "in (0, 1)"),
     (("zero_division",), lambda x: x in (0, 1), "0 or 1"),
-    (("two_way_temp", "fbeta", "head_lr_mult", "text_lr_mult", "decay_rate"), lambda x: x > 0, "above 0"),
-    (("cutmix", "focal_gamma", "asl_gamma_neg", "asl_gamma_pos"), lambda x: x >= 0, "at least 0"),
+    (
+        ("two_way_temp", "db_neg_scale", "fbeta", "head_lr_mult", "text_lr_mult", "decay_rate"),
+        lambda x: x > 0,
+        "above 0",
+    ),
+    (
+        ("cutmix", "focal_gamma", "asl_gamma_neg", "asl_gamma_pos", "db_gamma", "db_bias"),
+        lambda x: x >= 0,
+        "at least 0",
+    ),
 )
 
 
@@ -64,6 +73,12 @@ def impossible(c: Any) -> Iterator[str]:
         low, high = getattr(c, name)
         if not 0 < low <= high:
             yield f"{flag(name)} takes a smaller and a larger number above 0, not {low} {high}"
+    if c.db_map[0] < 0 or c.db_map[1] <= 0:
+        yield f"--db-map takes a least weight of at least 0, a slope above 0 and a middle, not {_spaced(c.db_map)}"
+    for name in (c.loss, *c.group_loss.values()):
+        if c.pos_weight != "none" and name not in _WITH_POS_WEIGHT:
+            losses = ", ".join(_WITH_POS_WEIGHT)
+            yield f"--pos-weight {c.pos_weight} weighs the positives of {losses}; take --pos-weight none with {name}"
     if not re.fullmatch(RECOMPUTED, c.grad_checkpointing):
         yield f"--grad-checkpointing {c.grad_checkpointing}: choose none, all, attention or every:K (every K-th block)"
     if c.max_steps is not None and c.max_steps < 1:
@@ -143,6 +158,10 @@ def _numbers(value: Any) -> Iterator[float]:
     elif isinstance(value, dict | list | tuple):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _numbers(part)
+
+
+def _spaced(numbers: tuple[float, ...]) -> str:
+    return " ".join(map(str, numbers))
 
 
 def flag(name: str) -> str:

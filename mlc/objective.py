@@ -8,6 +8,7 @@ import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,16 +23,39 @@ from mlc.data.sampler import Sampler
 from mlc.models.features import FeaturePair
 from mlc.models.teacher import Teacher, open_teachers
 from mlc.optim.distill import combine, distill_loss, feature_loss, larger, soften, soften_probabilities
-from mlc.optim.losses import LOSSES, Loss, class_weights, smooth
+from mlc.optim.losses import LOSSES, Loss, class_weights, pos_weights, smooth
 from shards.console import UserError, did_you_mean
 from shards.dataset import Dataset
 
 Groups = Mapping[str, Sequence[int]]  # the columns of each group's classes
 
 
-def make_loss(config: Config, groups: Groups) -> Loss:
+@dataclass(frozen=True)
+class ClassCounts:
+    """How often classes come in an epoch of the stream: `positives` float64 [C] of `samples`."""
+
+    positives: np.ndarray
+    samples: float
+
+    @classmethod
+    def of(cls, config: Config, sampler: Sampler) -> "ClassCounts | None":
+        """None where no setting asks for them: counting takes a while where rows are many."""
+        weighing = (config.weighted_loss, config.pos_weight) != ("none", "none")
+        if not weighing and "db" not in (config.loss, *config.group_loss.values()):
+            return None
+        return cls(sampler.expected_frequencies() * sampler.epoch_samples, sampler.epoch_samples)
+
+    def frequencies(self) -> np.ndarray:
+        """float64 [C], inside (0, 1): a class of no sample has one, one of all samples all but one."""
+        most = max(self.samples, 2)
+        return self.positives.clip(1, most - 1) / most
+
+
+def make_loss(config: Config, groups: Groups, counts: ClassCounts | None = None, *, pos_weight: bool = False) -> Loss:
     """The loss of `--loss`, and for the columns of a group its `--group-loss`: logits [B, C], target [B, C] -> float32
     [B, C].
+
+    counts: for the losses that look at them; pos_weight: with the weights of `--pos-weight`, which need them too.
 
     A loss that looks at several classes at once sees those that share it, and with `--groups` the trained ones apart
     from the others. A class in two groups takes the loss of the last one.
@@ -42,8 +66,16 @@ def make_loss(config: Config, groups: Groups) -> Loss:
     _refuse_unknown("--group-loss", config.group_loss, groups, "group")
     _refuse_unknown("--group-loss", config.group_loss.values(), LOSSES, "loss")
     _refuse_unknown("--groups", config.groups, groups, "group")
-    if not config.group_loss and not config.groups:
-        return _loss(config, config.loss)
+
+    def counted(name: str, own: Sequence[int], device: torch.device) -> dict[str, Tensor]:
+        """What a loss of those columns has from the counts, on the device."""
+        found = {}
+        if name == "db":
+            found["frequencies"] = torch.tensor(counts.frequencies()[own], dtype=torch.float32)
+        if pos_weight and config.pos_weight != "none":
+            how = counts.samples, config.pos_weight_max, config.pos_weight_power
+            found["pos_weight"] = pos_weights(torch.tensor(counts.positives[own]), *how)
+        return {key: value.to(device) for key, value in found.items()}
 
     @functools.lru_cache(maxsize=4)
     def parts(classes: int, device: torch.device) -> list[tuple[Tensor, Loss]]:
@@ -53,11 +85,16 @@ def make_loss(config: Config, groups: Groups) -> Loss:
         columns = defaultdict(list)
         for column, name in names.items():
             columns[name, column in trained].append(column)
-        return [(torch.tensor(own, device=device), _loss(config, name)) for (name, _), own in columns.items()]
+        return [
+            (torch.tensor(own, device=device), _loss(config, name, counted(name, own, device)))
+            for (name, _), own in columns.items()
+        ]
 
     def by_group(logits: Tensor, target: Tensor) -> Tensor:
+        if len(each := parts(logits.shape[1], logits.device)) == 1:
+            return each[0][1](logits, target)
         loss = torch.zeros(logits.shape, device=logits.device)
-        for columns, own in parts(logits.shape[1], logits.device):
+        for columns, own in each:
             value = own(logits.index_select(1, columns), target.index_select(1, columns))
             loss = loss.index_copy(1, columns, value)
         return loss
@@ -65,14 +102,22 @@ def make_loss(config: Config, groups: Groups) -> Loss:
     return by_group
 
 
-def _loss(config: Config, name: str) -> Loss:
+def _loss(config: Config, name: str, more: Mapping[str, Tensor]) -> Loss:
+    """One loss with its settings, and `more` of them."""
     settings = {
         "focal": {"gamma": config.focal_gamma, "alpha": -1.0 if config.focal_alpha is None else config.focal_alpha},
         "asl": {"gamma_neg": config.asl_gamma_neg, "gamma_pos": config.asl_gamma_pos, "clip": config.asl_clip},
         "two-way": {"temperature": config.two_way_temp},
+        "db": {
+            "weight_map": config.db_map,
+            "neg_scale": config.db_neg_scale,
+            "bias": config.db_bias,
+            "gamma": config.db_gamma,
+            "smoothing": config.smoothing,
+        },
         "soft-fbeta": {"beta": config.fbeta},
     }
-    return functools.partial(LOSSES[name], **settings.get(name, {}))
+    return functools.partial(LOSSES[name], **settings.get(name, {}), **more)
 
 
 def trained_columns(config: Config, groups: Groups, classes: int) -> list[int]:
@@ -128,6 +173,7 @@ class Objective:
         config: Config,
         *,
         loss: Loss,
+        weighted: Loss | None = None,
         teachers: Sequence[Teacher] = (),
         student: nn.Module | None = None,
         autocast: Callable[[], AbstractContextManager],
@@ -135,10 +181,11 @@ class Objective:
         reading: Reading | None = None,
     ):
         """student: the bare model, before it is compiled or divided; for `--kd-feature` and `--mix-captions join`.
+        loss: as it is measured, in evaluation too; weighted: as it is trained, with the weights of positives.
         weights: float32 [C], what each column of the loss counts, see `loss_weights`.
         reading: of the captions, if any.
         """
-        self.loss, self.teachers = loss, teachers
+        self.loss, self._weighted, self.teachers = loss, weighted or loss, teachers
         self._config, self._weights, self._autocast, self._reading = config, weights, autocast, reading
         self._most_tokens = student.text.encoder.max_tokens if reading else None
         self._features = FeaturePair(student, teachers[0].model, config.seed) if config.kd_feature else None
@@ -163,14 +210,14 @@ class Objective:
             UserError: a group, loss or teacher that does not exist.
         """
         mean, std = normalization
-        counts = np.ones(len(dataset.classes))
-        if config.weighted_loss != "none":  # counting takes a while where rows are many
-            counts = sampler.expected_frequencies() * sampler.epoch_samples
+        counts = ClassCounts.of(config, sampler)
+        positives = counts.positives if counts else np.ones(len(dataset.classes))
         models = [name for name in config.kd_teacher if not is_prediction_file(name)]
         return cls(
             config,
-            loss=make_loss(config, dataset.group_columns),
-            weights=loss_weights(config, dataset.group_columns, counts, device),
+            loss=make_loss(config, dataset.group_columns, counts),
+            weighted=make_loss(config, dataset.group_columns, counts, pos_weight=True),
+            weights=loss_weights(config, dataset.group_columns, positives, device),
             teachers=open_teachers(
                 models,
                 averaged=averaged,
@@ -197,12 +244,12 @@ class Objective:
             taught = [teacher(*inputs) for teacher in self.teachers]
         hard = smooth(target, config.smoothing)
         if not config.kd_teacher:
-            loss = self.loss(logits, hard)
+            loss = self._weighted(logits, hard)
         elif config.kd_rule == "max":
-            loss = self.loss(logits, larger(hard, _soft(taught, batch, mix, 1.0)))
+            loss = self._weighted(logits, larger(hard, _soft(taught, batch, mix, 1.0)))
         else:
             soft = _soft(taught, batch, mix, config.kd_temp)
-            loss = combine(self.loss(logits, hard), distill_loss(logits, soft, config.kd_temp), config.kd_alpha)
+            loss = combine(self._weighted(logits, hard), distill_loss(logits, soft, config.kd_temp), config.kd_alpha)
         if self._features:
             loss = loss + config.kd_feature * feature_loss(*self._features.take())[:, None]
         if self._weights is not None:

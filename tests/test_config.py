@@ -112,6 +112,7 @@ def test_mistakes_in_a_file_name_the_file_and_the_field(tmp_path, line, words):
         (["--asl-clip", "1"], ("--asl-clip must be in [0, 1), not 1",)),
         (["--weighted-beta", "1"], ("--weighted-beta must be in (0, 1)",)),
         (["--group-weight", "tag=-1"], ("--group-weight tag=-1.0 must not be negative",)),
+        (["--pos-weight", "balanced", "--loss", "zlpr"], ("--pos-weight", "bce, focal, asl", "--pos-weight none")),
         (["--weighted-loss", "inverce"], ("--weighted-loss", "did you mean inverse")),
         (["--scale", "1", "0.4"], ("--scale takes a smaller and a larger",)),
         (["-b", "0"], ("--batch-size must be at least 1",)),

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mlc.config import Config
-from mlc.objective import Objective, loss_weights, make_loss, trained_columns
-from mlc.optim.losses import LOSSES, asl, bce, class_weights, focal, soft_fbeta, two_way
+from mlc.objective import ClassCounts, Objective, loss_weights, make_loss, trained_columns
+from mlc.optim.losses import LOSSES, asl, bce, class_weights, distribution_balanced, focal, soft_fbeta, two_way, zlpr
 from shards.console import UserError
 
 GROUPS = {"culture": [0, 2, 5], "tag": [1, 4]}  # column 3 is in no group
@@ -32,6 +32,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
             lambda x, t: asl(x, t, 3, 1, 0.1),
         ),
         ({"loss": "two-way", "two_way_temp": 2.0}, lambda x, t: two_way(x, t, 2.0)),
+        ({"loss": "zlpr"}, zlpr),
         ({"loss": "soft-fbeta", "fbeta": 2.0}, lambda x, t: soft_fbeta(x, t, 2.0)),
     ],
 )
@@ -40,7 +41,33 @@ def test_every_loss_has_its_settings(batch, settings, expected):
     assert settings["loss"] in LOSSES
 
 
-@pytest.mark.parametrize("name", ["focal", "two-way", "soft-fbeta"])
+@pytest.mark.parametrize("columns", [slice(None), [1, 4]])
+def test_the_balanced_loss_knows_how_often_its_classes_come(batch, columns):
+    logits, target = batch
+    settings = {"loss": "db"} if columns == slice(None) else {"group_loss": {"tag": "db"}}
+    config = Config(**settings, smoothing=0.1, db_map=(0.2, 5.0, 0.3), db_neg_scale=3.0, db_bias=0.1, db_gamma=1.0)
+    loss = make_loss(config, GROUPS, ClassCounts(COUNTS, 1000.0))(logits, target)
+    often = torch.tensor([100.0, 3, 1, 20, 7, 999])[columns] / 1000  # never and always are impossible frequencies
+    own = logits[:, columns], target[:, columns]
+    torch.testing.assert_close(loss[:, columns], distribution_balanced(*own, often, (0.2, 5, 0.3), 3, 0.1, 1, 0.1))
+
+
+def test_weights_of_positives_are_trained_with_and_not_measured_with(batch):
+    logits, target = batch
+    config = Config(pos_weight="balanced", pos_weight_max=30.0, group_loss={"tag": "focal"}, smoothing=0.1)
+    made = [make_loss(config, GROUPS, ClassCounts(COUNTS, 1000.0), pos_weight=on) for on in (False, True)]
+    objective = Objective(config, loss=made[0], weighted=made[1], autocast=nullcontext)
+    total, _ = objective(lambda image: logits, torch.zeros(1), target, {}, None)
+    weights = torch.tensor([9.0, 30, 1, 30, 30, 1])  # 900 / 100, three above the most, none and all positive
+    labels = 0.9 * target + 0.05
+    other, tag = [0, 2, 3, 5], [1, 4]
+    expected = bce(logits[:, other], labels[:, other], weights[other]).sum()
+    expected += focal(logits[:, tag], labels[:, tag], pos_weight=weights[tag]).sum()
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(objective.loss(logits, target)[:, other], bce(logits, target)[:, other])
+
+
+@pytest.mark.parametrize("name", ["focal", "two-way", "zlpr", "soft-fbeta"])
 def test_a_groups_loss_sees_its_columns_alone(batch, name):
     logits, target = batch
     loss = make_loss(Config(group_loss={"tag": name}), GROUPS)(logits, target)

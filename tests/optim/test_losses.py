@@ -5,11 +5,24 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import fbeta_score
-from timm.loss import AsymmetricLossMultiLabel
+from timm.loss import AsymmetricLossMultiLabel, DistributionBalancedLoss, ZlprLoss
+from timm.loss.class_weights import compute_class_weights
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchvision.ops import sigmoid_focal_loss
 
-from mlc.optim.losses import LOSSES, asl, bce, class_weights, focal, smooth, soft_fbeta, two_way
+from mlc.optim.losses import (
+    LOSSES,
+    asl,
+    bce,
+    class_weights,
+    distribution_balanced,
+    focal,
+    pos_weights,
+    smooth,
+    soft_fbeta,
+    two_way,
+    zlpr,
+)
 
 EXTREME = torch.tensor([[-1e4, -100.0, -30.0, 0.0, 30.0, 100.0, 1e4]])
 
@@ -99,6 +112,59 @@ def test_two_way_pulls_positives_above_negatives():
     assert (gradient[target == 1] >= 0).all() and (gradient[target == 0] <= 0).all()  # of minus the loss
 
 
+def test_zlpr_and_its_gradient_are_timms_and_each_class_has_the_value_of_its_sample():
+    logits, target = batch(soft=False)
+    target[2], target[3] = 0, 1
+    seen = with_gradient(lambda x, t: zlpr(x, t).mean()[None], logits, target)
+    for ours, theirs in zip(seen, with_gradient(lambda x, t: ZlprLoss()(x, t)[None], logits, target), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    value = zlpr(logits, target)
+    assert value.shape == target.shape and (value == value[:, :1]).all()
+
+
+def test_zlpr_of_soft_targets_against_its_formula():
+    logits, target = batch(soft=True)
+    x, t = logits.double().numpy(), target.double().numpy()
+    expected = np.log1p((t * np.exp(-x)).sum(1)) + np.log1p(((1 - t) * np.exp(x)).sum(1))
+    np.testing.assert_allclose(zlpr(logits, target)[:, 0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize(
+    "settings", [{}, {"map": (0.3, 4.0, 0.5), "neg_scale": 1.0, "bias": 0.0, "gamma": 0.0}, {"smoothing": 0.2}]
+)
+def test_distribution_balanced_and_its_gradient_are_timms(soft, settings):
+    logits, target = batch(soft)
+    target[2] = 0  # a sample without positives
+    counts, samples = torch.tensor([1.0, 9.0, 90.0, 400.0, 20.0]), 1000
+    floor, slope, middle = settings.get("map", (0.1, 10.0, 0.2))
+    scale, bias, gamma = (settings.get(name, own) for name, own in (("neg_scale", 2.0), ("bias", 0.05), ("gamma", 2.0)))
+    smoothing = settings.get("smoothing", 0.0)
+    timms = DistributionBalancedLoss(
+        counts, samples, floor, slope, middle, scale, bias, gamma, smoothing=smoothing, reduction="none"
+    )
+    ours = partial(
+        distribution_balanced,
+        frequencies=counts / samples,
+        weight_map=(floor, slope, middle),
+        neg_scale=scale,
+        bias=bias,
+        gamma=gamma,
+        smoothing=smoothing,
+    )
+    seen = with_gradient(lambda x, t: ours(x, smooth(t, smoothing)), logits, target)
+    for mine, theirs in zip(seen, with_gradient(timms, logits, target), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES.keys() - {"two-way"}))
+def test_a_batch_may_be_cut_in_parts(name):
+    """As 1 x 16 and 2 x 8 must give the same gradient; docs/methods.md says why not with `two-way`."""
+    logits, target = batch(soft=True)
+    parts = [LOSSES[name](logits[rows], target[rows]) for rows in (slice(3), slice(3, 7))]
+    torch.testing.assert_close(torch.cat(parts), LOSSES[name](logits, target))
+
+
 @pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])
 def test_soft_fbeta_of_certain_predictions_is_scikit_learns(beta):
     generator = torch.Generator().manual_seed(2)
@@ -137,16 +203,39 @@ def test_a_class_without_positives_leaves_the_weights_of_the_others_alone(kind):
     assert class_weights(torch.zeros(3), kind).tolist() == [1, 1, 1]  # of the trained group nothing is labelled
 
 
+@pytest.mark.parametrize("power, most", [(1.0, 20.0), (0.5, 1000.0)])
+def test_weights_of_positives_are_timms_where_there_is_something_to_balance(power, most):
+    counts = torch.tensor([1.0, 40.0, 700.0, 1000.0, 0.0])
+    _, expected = compute_class_weights(counts, 1000, "neg_pos", power=power, max_weight=most)
+    seen = pos_weights(counts, 1000, most, power)
+    torch.testing.assert_close(seen[:3], expected[:3])
+    assert seen[3:].tolist() == [1, 1] and seen.max() <= most
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_positives_weigh_as_in_torch_and_timm(soft):
+    logits, target = batch(soft)
+    weights = torch.tensor([0.3, 1.0, 4.0, 20.0, 7.0])
+    torchs = binary_cross_entropy_with_logits(logits, target, pos_weight=weights, reduction="none")
+    torch.testing.assert_close(bce(logits, target, weights), torchs)
+    torch.testing.assert_close(focal(logits, target, gamma=0, pos_weight=weights), torchs)
+    timms = AsymmetricLossMultiLabel(4, 0, 0.05, reduction="none", pos_weight=weights)(logits / 3, target)
+    torch.testing.assert_close(asl(logits / 3, target, pos_weight=weights), timms, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "loss",
     [
         *LOSSES.values(),
+        partial(bce, pos_weight=torch.linspace(0, 20, 7)),
+        partial(asl, pos_weight=torch.linspace(0, 20, 7)),
         partial(focal, gamma=0.5),
         partial(focal, alpha=0.25),
         partial(asl, clip=0),
         partial(asl, gamma_neg=0.5, gamma_pos=0.3, clip=0),
         partial(asl, gamma_neg=0.01, gamma_pos=1.5, clip=0.5),
         partial(two_way, temperature=0.5),
+        partial(distribution_balanced, frequencies=torch.linspace(1e-6, 1 - 1e-6, 7), gamma=0.5, smoothing=0.1),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -14,7 +14,7 @@ from mlc.data.loader import readers
 from mlc.data.prediction_files import write_probabilities
 from mlc.data.prediction_sources import note, of_split, refuse_others
 from mlc.inference import tta_views
-from mlc.metrics import bootstrap, multilabel, thresholds
+from mlc.metrics import bootstrap, constant, multilabel, thresholds
 from mlc.metrics.scorecard import Scorecard
 from mlc.parallel import launch
 from mlc.predict import (
@@ -89,14 +89,16 @@ def main(argv: list[str] | None = None) -> None:
             print(to_json(results))
         else:
             print_metrics(results, f"{options.run} on {options.split}, {len(rows)} samples")
-        for text in multilabel.unlabelled(target, zero):
+        for text in multilabel.without_labels(predicted, target, "the run's rule", zero):
             say(text)
         say(f"pictures with predictions: {folder / f'{options.split}.png'}")
     accelerator.end_training()
 
 
 def score(scores: np.ndarray, target: np.ndarray, dataset, rule: dict, zero: float = 0.0) -> dict[str, float]:
-    """All metrics at threshold 0.5, at the best threshold of this split (`@tuned`) and at the run's own (`@run`).
+    """All metrics at threshold 0.5, at the best threshold of this split (`@tuned`) and at the run's own (`@run`), and
+    what needs no model: always the commonest labels of this very split, so many as are best (`commonest`; an upper
+    bound, as `@tuned` is one), and mAP by chance.
 
     scores float32 and target bool, both [N, C].
     """
@@ -104,9 +106,10 @@ def score(scores: np.ndarray, target: np.ndarray, dataset, rule: dict, zero: flo
     results = dict(multilabel.evaluate(scores, target, threshold=0.5, **how))
     f1 = partial(multilabel.f1_samples, target=target, zero_division=zero)
     results["f1_samples@run"] = f1(thresholds.apply(scores, rule, dataset.classes))
-    # What the prevalence alone gives: every sample gets the classes that more than half of the samples have.
-    common = np.broadcast_to(target.mean(0) > 0.5, target.shape)
-    results["f1_samples@commonest"] = f1(common)
+    owner, columns = np.nonzero(target)
+    size, value = constant.best_constant(target.mean(0), columns, owner, len(target), zero)
+    results |= {"f1_samples@commonest": value, "commonest": size}
+    results["map@chance"] = constant.chance_map(columns, len(target))
     return results
 
 

@@ -47,7 +47,8 @@ TITLES = {
     "f1_samples@tuned": "at the best threshold of these very labels",
     "threshold": "that threshold",
     "f1_samples@run": "at the thresholds of the run",
-    "f1_samples@commonest": "of always the commonest labels",
+    "f1_samples@commonest": "of always the commonest labels of this split, at best",
+    "map@chance": "of scores that say nothing",
     "size_mb": "weights on disk",
     "ms_per_sample": "decoding and starting included",
 }
@@ -85,7 +86,9 @@ def main(argv: list[str] | None = None) -> int | None:
         results["against"] = {name: found._asdict() for name, found in differences.items()}
     if options.calibrate:
         results["calibrated"] = _calibrate(options, answers[0][0], truth)
-    for text in multilabel.unlabelled(truth.target, zero):
+    scores, decided = answers[0]
+    what = options.pred if scores is None else thresholds.describe(rule)
+    for text in multilabel.without_labels(decided, truth.target, what, zero):
         say(text)
     if options.json:
         print(to_json(results, ensure_ascii=False))

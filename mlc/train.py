@@ -46,7 +46,7 @@ from mlc.profiling import Profiler
 from mlc.report.samples import sample_table
 from mlc.runlog import Meter, RunLog, SampleLog, evaluation_line, memory_gb, training_line
 from mlc.setup import model_of, optimizer_of
-from mlc.validation import evaluate, goodness, notes, refuse_unknown_metric
+from mlc.validation import Standing, evaluate, goodness, notes, refuse_unknown_metric
 from shards.console import shown
 
 
@@ -268,6 +268,9 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
 
     # ---- Evaluation and checkpoints ----------------------------------------------------------------------------------
     saved = {"best_step": progress["best_step"]}  # what the newest checkpoint says
+    standing = None
+    if validation and accelerator.is_main_process:
+        standing = Standing.of(settings, sources, validation[0].index, validation[1])
 
     def evaluate_and_keep_best() -> None:
         launch.same_buffers(bare, averaged)
@@ -284,13 +287,22 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
         log.write(step=step, samples_seen=samples_seen, epoch=clock.epoch(samples_seen), **values, samples=samples)
         for name, found in metrics.items():
             log.say(evaluation_line(step, name, found))
+        first = progress["best"] is None
         if goodness(metrics[best_now], config.eval_metric) > goodness(progress["best"], config.eval_metric):
             progress.update(best=metrics[best_now], best_step=step, stale=0)
             keep("best", weights[best_now], metrics[best_now])
+            if standing:
+                standing.keep(results[best_now])
         else:
             progress["stale"] += 1
+        if first and samples_seen < clock.total:
+            say_standing()
         last = "val_ema" if ema else "val"
         keep("last", weights[last], metrics[last])
+
+    def say_standing() -> None:
+        for text in standing.lines(progress["best"]) if standing else ():
+            log.say(text)
 
     def keep(which: str, weights: torch.nn.Module, found: dict[str, float] | None) -> None:
         state = strategy.full_state(weights)
@@ -487,6 +499,7 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
         best = progress["best"]
         if best:
             log.say(f"best {config.eval_metric} {shown(best[config.eval_metric])} at step {progress['best_step']}")
+            say_standing()
         if config.dry_run:
             for text in rehearsal.report(accelerator, folder, root, plan.global_batch):
                 log.say(text)

@@ -17,12 +17,13 @@ from mlc.data.captions import EvalCaptions
 from mlc.data.dataset import BadSamples, EvalDataset
 from mlc.data.features import Features
 from mlc.data.reader import TarReader
+from mlc.data.sources import Sources
 from mlc.data.transforms import EvalTransform
 from mlc.inference import logits_of_rows, non_finite, probabilities
-from mlc.metrics import multilabel
+from mlc.metrics import constant, multilabel
 from mlc.optim.losses import Loss
 from mlc.parallel import agree
-from shards.console import UserError, did_you_mean, say
+from shards.console import UserError, did_you_mean, say, shown
 from shards.dataset import Dataset, Index
 
 
@@ -100,6 +101,59 @@ def _measured(
     how = {"groups": dataset.group_columns, "zero_division": config.zero_division}
     named = multilabel.evaluate(scores, target, config.threshold, **how)
     return {"loss": loss, **dict(named)}
+
+
+# ---- what needs no model ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Standing:
+    """How a run stands to what needs no model, for the log of the first process.
+
+    `labels`, `f1`: always the so many commonest labels of training, the number that is best on the validation samples,
+    and their sample-F1; `chance`: mAP of scores that say nothing; `never_bare`: every training sample has a label;
+    `bare`: (samples that get no label at the tuned threshold, of how many) of the best weights, once they were seen.
+    """
+
+    labels: int
+    f1: float
+    chance: float
+    never_bare: bool
+    bare: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, config: Config, sources: Sources, index: Index, rows: np.ndarray) -> "Standing":
+        """For those rows of the validation split."""
+        columns, owner = index.labels_of(rows)
+        found = constant.best_constant(sources.natural, columns, owner, len(rows), config.zero_division)
+        counted = [
+            part.index.labels_per_row()[slice(None) if part.rows is None else part.rows]
+            for part in sources.sampler.sources
+        ]
+        return cls(*found, constant.chance_map(columns, len(rows)), all(each.all() for each in counted))
+
+    def keep(self, evaluation: Evaluation) -> None:
+        """That of the best weights so far."""
+        highest = evaluation.scores.max(1, initial=0)
+        self.bare = int((highest <= evaluation.metrics["threshold"]).sum()), len(highest)
+
+    def lines(self, best: Mapping[str, float | None]) -> list[str]:
+        """One about the best metrics, and warnings."""
+        own = {"F1 samples": (best["f1_samples@tuned"], self.f1), "mAP": (best["map"], self.chance)}
+        said = [
+            f"without a model: F1 samples {shown(self.f1)} of always the {self.labels} commonest labels, mAP "
+            f"{shown(self.chance)} by chance; with it: {shown(own['F1 samples'][0])} tuned, {shown(own['mAP'][0])}"
+        ]
+        below = [name for name, (value, floor) in own.items() if value is not None and value <= floor]
+        if below:
+            said.append(
+                f"warning: {' and '.join(below)} not above what needs no model; if it stays so, try another --lr, a "
+                "shorter --warmup, more --epochs or --pretrained"
+            )
+        if self.bare and self.never_bare:
+            rule = f"the threshold {shown(best['threshold'], '.2f')}"
+            said += multilabel.left_empty(*self.bare, rule, "training sample")
+        return said
 
 
 # ---- the metric that chooses the best weights ------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from mlc import train, validation
 from mlc.config import Config
 from mlc.inference import non_finite
 from mlc.metrics import multilabel
-from mlc.validation import evaluate, goodness, notes, refuse_unknown_metric, score_names
+from mlc.validation import Evaluation, Standing, evaluate, goodness, notes, refuse_unknown_metric, score_names
 from shards.console import UserError
 
 sys.path.insert(0, str(Path(__file__).parent / "shards"))
@@ -67,6 +67,40 @@ def test_a_metric_that_says_nothing_is_known_at_the_start():
     assert "no validation sample has a label, so it says nothing" in line and "--eval-metric loss" in line
 
 
+def test_a_run_is_told_how_it_stands_to_what_needs_no_model():
+    def index(*labels: list[int]):
+        columns = np.array([column for row in labels for column in row])
+        owner = np.repeat(np.arange(len(labels)), [len(row) for row in labels])
+        return SimpleNamespace(
+            labels_of=lambda rows: (columns, owner), labels_per_row=lambda: np.array([*map(len, labels)])
+        )
+
+    # F1 on the three samples of always class 0: 1, 2/3, 0; with class 1 too: 2/3, 1, 0; of all: 1/2, 4/5, 1/2.
+    val = index([0], [0, 1], [2])
+    rows = [SimpleNamespace(index=index([0], [], [1]), rows=np.array([0, 2]))]  # the bare sample takes no part
+    sources = SimpleNamespace(natural=np.array([0.5, 0.3, 0.2]), sampler=SimpleNamespace(sources=rows))
+    standing = Standing.of(Config(data=["x"]), sources, val, np.arange(3))
+    assert standing.f1 == pytest.approx(0.6) and standing.labels == 3 and standing.chance == pytest.approx(4 / 9)
+
+    good = {"f1_samples@tuned": 0.7, "map": 0.5, "threshold": 0.4}
+    scores = np.array([[0.9, 0.1, 0.1], [0.3, 0.4, 0.1], [0.1, 0.1, 0.5]], np.float32)
+    assert standing.lines(good) == [
+        "without a model: F1 samples 0.6000 of always the 3 commonest labels, mAP 0.4444 by chance; with it: 0.7000 "
+        "tuned, 0.5000"
+    ]
+    standing.keep(Evaluation(good, np.arange(3), scores))
+    assert standing.lines(good)[1:] == [
+        "warning: the threshold 0.40 leaves 1 of 3 samples without a label, and in truth every training sample has "
+        "one; `mlc tune --rule expected` chooses the labels of each sample by itself"
+    ]
+    (warning,) = standing.lines(good | {"map": 0.4, "threshold": 0.4})[1:2]
+    assert warning.startswith("warning: mAP not above what needs no model; if it stays so, try another --lr")
+    rows[0].rows = None  # now some training samples are bare too
+    standing = Standing.of(Config(data=["x"]), sources, val, np.arange(3))
+    standing.keep(Evaluation(good, np.arange(3), scores))
+    assert len(standing.lines(good)) == 1 and len(standing.lines(good | {"map": None})) == 1  # null in a file
+
+
 def test_logits_that_are_no_numbers_leave_a_model_without_values(monkeypatch, capsys):
     logits = np.zeros((2, 4, 1, 3), np.float32)  # [models, rows, views, classes]
     logits[0, 2, 0, 1] = np.nan
@@ -107,7 +141,7 @@ def test_a_run_whose_metric_has_no_value_says_so_and_has_its_best_weights(tmp_pa
     assert train.main([*TINY, *flags, "--max-steps", "2", "--eval-every", "1st", "--eval-metric", "map"]) == 0
     said = capsys.readouterr().err
     assert said.count("--eval-metric map: no validation sample has a label") == 1 and "mAP -  F1" in said
-    assert "best map - at step 1" in said
+    assert "best map - at step 1" in said and said.count("without a model: ") == 2  # first evaluation, and end
 
     def refuse(constant):
         raise AssertionError(constant)

@@ -133,6 +133,23 @@ def unlabelled(target: NDArray, zero_division: float = 0.0) -> list[str]:
     return [f"{bare} of {len(target)} samples have no true label: each counts {each}"]
 
 
+def left_empty(bare: int, rows: int, rule: str, kind: str) -> list[str]:
+    """A line for people where a rule gives `bare` of so many samples no label, though each of a kind (`training
+    sample`) has one; none where there are none."""
+    if not bare:
+        return []
+    fix = "`mlc tune --rule expected` chooses the labels of each sample by itself"
+    return [
+        f"warning: {rule} leaves {bare} of {rows} samples without a label, and in truth every {kind} has one; {fix}"
+    ]
+
+
+def without_labels(predicted: NDArray, target: NDArray, rule: str, zero_division: float = 0.0) -> list[str]:
+    """`unlabelled`; where every sample has a label, `left_empty`. predicted, target bool [N, C]."""
+    bare = len(predicted) - np.count_nonzero(predicted.any(1))
+    return unlabelled(target, zero_division) or left_empty(bare, len(predicted), rule, "one of them")
+
+
 def summary(scores: NDArray, target: NDArray, threshold: ArrayLike = 0.5) -> dict[str, float]:
     """map and CP, CR, CF1, OP, OR, OF1, the row of a multi-label results table, as fractions in 0..1.
 

@@ -133,6 +133,11 @@ def test_metrics_of_two_processes_are_scikit_learns_on_the_file(trained, shards,
         expected[f"f1_{kind}"] = f1_score(target, scores > 0.5, average=kind, zero_division=0)
     threshold = json.loads((trained / "best" / "thresholds.json").read_text())["global"]
     expected["f1_samples@run"] = f1_score(target, scores > np.float32(threshold), average="samples", zero_division=0)
+    place = np.argsort(np.argsort(-target.mean(0), kind="stable"))  # of each class among the commonest
+    always = [np.broadcast_to(place < size, target.shape) for size in range(len(classes) + 1)]
+    of_sizes = [f1_score(target, one, average="samples", zero_division=0) for one in always]
+    expected |= {"f1_samples@commonest": max(of_sizes), "commonest": np.argmax(of_sizes)}
+    expected["map@chance"] = target.mean(0)[present].mean()
     for name, value in expected.items():
         assert results[name] == pytest.approx(value, abs=1e-9), name
     assert (trained / "predictions" / "val.png").stat().st_size > 10_000

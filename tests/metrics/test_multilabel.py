@@ -16,6 +16,7 @@ from mlc.metrics.multilabel import (
     mean_average_precision,
     summary,
     unlabelled,
+    without_labels,
 )
 
 BY_AVERAGE = {"samples": f1_samples, "micro": f1_micro, "macro": f1_macro}
@@ -82,6 +83,16 @@ def test_samples_without_labels_are_told():
     assert line.startswith("2 of 3 samples have no true label: each counts 0") and "--zero-division 1" in line
     assert "where nothing is predicted (--zero-division 1)" in unlabelled(target, 1)[0]
     assert unlabelled(target[:1]) == []
+
+
+def test_samples_that_a_rule_leaves_without_a_label_are_counted_where_each_has_one():
+    target = np.eye(3, dtype=bool)
+    predicted = target & [True, False, True]
+    assert without_labels(target, target, "x") == []
+    (line,) = without_labels(predicted, target, "threshold 0.4")
+    assert line.startswith("warning: threshold 0.4 leaves 1 of 3 samples without a label, and in truth every one of")
+    (line,) = without_labels(predicted, predicted, "threshold 0.4")
+    assert line == unlabelled(predicted)[0]
 
 
 @pytest.mark.parametrize("average", ["micro", "macro"])

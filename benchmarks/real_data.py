@@ -38,6 +38,7 @@ SHARES = {"train": 0.6, "val": 0.15, "test": 0.25}
 SIZE = 64  # pixels: larger pictures are reduced to it, smaller ones kept
 LEAST = 20  # concepts that a label needs
 MOST = 60  # labels, the commonest
+MARK = ".made-from-packages"  # what this script may replace
 
 KEYWORDS = "emojilib@4.0.3"
 VENDORS = {name: f"emoji-datasource-{name}@16.0.0" for name in ("apple", "facebook", "google", "twitter")}
@@ -73,7 +74,7 @@ class Picture:
 def npm(package: str, folder: Path) -> Path:
     """The tarball of NAME@VERSION below `folder`, fetched where it is not there."""
     name, version = package.split("@")
-    return _fetched(["npm", "pack", "--silent", "--fetch-retries=1", package], f"{name}-{version}.tgz", folder)
+    return _fetched(["npm", "pack", "--loglevel=error", "--fetch-retries=1", package], f"{name}-{version}.tgz", folder)
 
 
 def apt(package: str, folder: Path) -> Path:
@@ -86,27 +87,33 @@ def _fetched(command: Sequence[str], pattern: str, folder: Path) -> Path:
     if not any(folder.glob(pattern)):
         say(*command)
         with tempfile.TemporaryDirectory(dir=folder) as partial:
-            _called(command, partial)
+            _fetch(command, partial, f"or put {pattern} into {folder} by hand")
             for file in Path(partial).glob(pattern):
                 file.replace(folder / file.name)
     found = sorted(folder.glob(pattern))
     if not found:
-        raise UserError(f"{' '.join(command)} wrote no {pattern}; put the package into {folder} by hand")
+        raise UserError(f"'{' '.join(command)}' wrote no {pattern}; put it into {folder} by hand")
     return found[-1]
 
 
-def _called(command: Sequence[str], folder: str | Path) -> None:
+def _fetch(command: Sequence[str], folder: str, otherwise: str) -> None:
+    """Raises UserError that ends in what to do `otherwise`."""
     if not shutil.which(command[0]):
-        raise UserError(f"{command[0]} is not installed; '{' '.join(command)}' is needed for this data set")
+        raise UserError(f"{command[0]} is not installed: install it, {otherwise}")
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines() or ["it said nothing"]
-        raise UserError(f"'{' '.join(command)}' failed; can the package registry be reached from here? {said[-1]}")
+        why = "; ".join(done.stderr.strip().splitlines()[:2]) or f"exit code {done.returncode}"
+        raise UserError(
+            f"'{' '.join(command)}' failed ({why}): make sure that the package registry can be reached from here "
+            f"(for apt-get, after apt-get update), {otherwise}"
+        )
 
 
 @contextmanager
 def opened(deb: Path) -> Iterator[tarfile.TarFile]:
     """The files of a .deb, to be read once from front to back."""
+    if not shutil.which("dpkg-deb"):
+        raise UserError(f"dpkg-deb is not installed, which {deb.name} is read with")
     with (
         subprocess.Popen(["dpkg-deb", "--fsys-tarfile", deb], stdout=subprocess.PIPE) as process,
         tarfile.open(fileobj=process.stdout, mode="r|") as tar,
@@ -204,6 +211,8 @@ def make(name: str, data_dir: Path, *, part: int = 1) -> Path:
     pictures = flattened(SETS[name](data_dir / "packages")[::part])
     labels = commonest(pictures, LEAST // part, MOST // part)
     folder = data_dir / (name if part == 1 else f"{name}-quick")
+    if folder.exists() and not (folder / MARK).exists():
+        raise UserError(f"{folder} is not a data set of this script: choose another --data-dir")
     shutil.rmtree(folder, ignore_errors=True)
     write([picture for picture in pictures if picture.words & labels], labels, folder)
     return folder
@@ -243,6 +252,7 @@ def commonest(pictures: Iterable[Picture], least: int = LEAST, most: int = MOST)
 
 def write(pictures: Sequence[Picture], labels: set[str], folder: Path) -> None:
     (folder / "images").mkdir(parents=True)
+    (folder / MARK).touch()
     rows: dict[str, list[list[str]]] = {split: [] for split in SHARES}
     for picture in pictures:
         (folder / "images" / picture.name).write_bytes(picture.png)

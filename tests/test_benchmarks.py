@@ -32,7 +32,7 @@ def call(monkeypatch, module, *argv):
     return module.main()
 
 
-LIBRARIES = ("common", "peer_loop")
+LIBRARIES = ("common", "peer_loop", "real_sides")
 SCRIPTS = sorted(path for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in LIBRARIES)
 
 

@@ -381,7 +381,8 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
     batches = read_on()
     elements = plan.global_batch * len(trained)  # the loss is a sum, divided once by the whole step's count
     interval_loss, interval_steps = torch.tensor(progress["interval"][0], device=device), progress["interval"][1]
-    meter, guard = Meter(), NonFiniteGuard(step, scaler=accelerator.scaler is not None)
+    meter, indexes = Meter(), [rows.index for rows in sampler.sources]
+    guard = NonFiniteGuard(step, scaler=accelerator.scaler is not None, folder=folder, indexes=indexes)
     in_flight: launch.Arriving | None = None
     met: list[tuple[str, str]] = []  # bad samples that this rank met and the others do not know of yet
     profiler = Profiler(folder, device, log.say) if config.profile and accelerator.is_main_process else None
@@ -411,6 +412,7 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
             if mining:
                 mining.add(batch, logits, target, mix)
             step_loss += loss.detach()
+            guard.saw(step + 1, batch, loss)
             if sample_log:
                 sample_log.add(batch, mix)
         grad_norm = divided.step()

@@ -4,6 +4,7 @@ The reference is one process. Everything is float32 but where bf16 is asked for;
 than one over a batch, so losses, norms and weights agree to rounding, which the steps of AdamW enlarge.
 """
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -84,6 +85,11 @@ def test_same_losses_as_one_process(config, shards, reference, folders):
 def test_a_gradient_that_overflows_stops_all_processes_before_the_step(config, shards, tmp_path):
     codes, said = worlds.ask(config, train_args(shards, tmp_path, STEPS[0], 4, *FROZEN, "--lr", "1e20"))
     assert codes == [2, 2] and "the gradient is nan; the weights were not changed" in said, said
+    kept = json.loads((tmp_path / "run" / "non-finite.json").read_text())
+    assert f"step {kept['step']}: " in said and "non-finite.json names the images of that step" in said
+    assert {part["rank"] for part in kept["micro_batches"]} == {0, 1}
+    positions = sorted(place for part in kept["micro_batches"] for place in part["positions"])
+    assert positions == [*range(positions[0], positions[0] + len(positions))] and positions[0] % len(positions) == 0
 
 
 def test_zero_goes_on_with_one_process_and_with_two_again(shards, reference, folders):

@@ -9,6 +9,7 @@ ImageNet weights (benchmarks/weights.py), the same image size and passes for all
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
 
@@ -44,8 +45,8 @@ def scores(found: Predictions, val: np.ndarray, test: np.ndarray) -> Scores:
     }
 
 
-def compared(task: Task, sides: list[str], seeds: list[int]) -> dict[str, dict[int, Scores]]:
-    """{side: {seed: scores}}; the sides take turns, seed by seed."""
+def compared(task: Task, sides: list[str], seeds: list[int]) -> Iterator[dict[str, dict[int, Scores]]]:
+    """{side: {seed: scores}} as it grows; the sides take turns, seed by seed."""
     val, test = task.target("val"), task.target("test")
     found: dict[str, dict[int, Scores]] = {name: {} for name in sides}
     for seed in seeds:
@@ -54,7 +55,7 @@ def compared(task: Task, sides: list[str], seeds: list[int]) -> dict[str, dict[i
             one = scores(real_sides.side(name)(task, seed), val, test)
             found[name][seed] = one | {"seconds": time.perf_counter() - start}
             say(f"{name}, seed {seed}:", ", ".join(f"{title} {one[key]:.4f}" for key, title in METRICS.items()))
-    return found
+            yield {name: runs for name, runs in found.items() if runs}
 
 
 def rows(found: dict[str, dict[int, Scores]]) -> list[list[str]]:
@@ -101,10 +102,10 @@ def main(argv: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(dir=options.dir) as folder:
             task = prepare(name, options, Path(folder))
             summary = real_data.summary(task.data)
-            found = compared(task, options.sides, options.seeds)
-        results[name] = {"summary": summary, "found": found}
-        print(f"\n{summary}\n\n{common.table(header, rows(found))}", flush=True)
-        common.write_json(options.json, versions=versions, options=vars(options), results=results)
+            for found in compared(task, options.sides, options.seeds):
+                results[name] = {"summary": summary, "found": found}
+                common.write_json(options.json, versions=versions, options=vars(options), results=results)
+        print(f"\n{summary}\n\n{common.table(header, rows(results[name]['found']))}", flush=True)
     return 0
 
 

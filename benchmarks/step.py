@@ -48,7 +48,7 @@ class Candidate:
         self.model = build_model(name=name, num_classes=1000, attention="timm" if who == "timm" else "fast")
         size = self.model.pretrained_cfg["input_size"][-1]
         if who == "mlc":
-            self.model.to(memory_format=fast_memory_format(self.model))
+            self.model.to(memory_format=fast_memory_format(self.model, self.device))
         if who == "transformers":
             self.model = Transformers(self.model)
         self.model.to(self.device)

@@ -45,7 +45,7 @@ class Bare:
         shape = {"name": options.model, "img_size": options.img_size, "num_classes": CLASSES}
         self.device, self.batch, self.steps = options.device, options.batch_size, options.steps
         self.model = build_model(**shape, attention=options.attention)
-        self.model.to(self.device, memory_format=fast_memory_format(self.model))
+        self.model.to(self.device, memory_format=fast_memory_format(self.model, self.device))
         self.ema = Ema(self.model)
         self.optimizer = torch.optim.AdamW(param_groups(self.model, 0.05), lr=1e-4, fused=True)
         size = (self.batch, 3, options.img_size, options.img_size)

@@ -88,7 +88,8 @@ class Config:
     attention: Literal["fast", "timm"] = "fast"
     """window attention of Swin and SwinV2: ours, or timm's; both read and write the same weights"""
     memory_format: Literal["auto", "contiguous"] = "auto"
-    """`auto`: channels last for ConvNets, but where weights are divided (fsdp2, zero)"""
+    """`auto`: channels last for ConvNets on CUDA, and on a CPU for families that were tried (ResNet, ConvNeXt,
+    EfficientNet); contiguous where weights are divided (fsdp2, zero)"""
     compile: bool = False
     """torch.compile the model's blocks: the first step takes minutes, the others less"""
     compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"

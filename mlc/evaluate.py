@@ -16,6 +16,7 @@ from mlc.data.prediction_sources import note, of_split, refuse_others
 from mlc.inference import tta_views
 from mlc.metrics import bootstrap, constant, multilabel, thresholds
 from mlc.metrics.scorecard import Scorecard
+from mlc.models.build import on_device
 from mlc.parallel import launch
 from mlc.predict import (
     add_compute_flags,
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
 
     begin = time.perf_counter()
     scores, seen = predict(
-        model.to(accelerator.device),
+        on_device(model, accelerator.device),
         info,
         reader,
         rows,

@@ -28,6 +28,7 @@ from mlc.data.sources import open_split
 from mlc.data.text import MAX_TOKENS, Tokenizer, load_tokenizer, pretrained_tokenizer
 from mlc.data.transforms import EvalTransform, parse_crop
 from mlc.inference import View, logits_of_rows, tta_views
+from mlc.models.build import on_device
 from mlc.models.encoders import Encoders, ImageEncoder, digest, encoders_of_run, image_encoder, text_encoder
 from mlc.models.export import exported_crop, load_exported
 from mlc.models.fusion import Captions
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--tta {options.tta} shows several views of an image, and no encoder looks at any")
     told = source.described(options.tta)
     width = sum(encoder["features"] for encoder in told)
-    source.encoders.to(accelerator.device)
+    on_device(source.encoders, accelerator.device)
 
     # ---- Every row once
     found = {}

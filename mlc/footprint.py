@@ -1,8 +1,9 @@
 """What a model costs in memory and FLOPs, counted without a GPU and almost without memory.
 
-The model runs forward on fake tensors that say they lie on a GPU: autocast chooses what it chooses there, and every
-storage that autograd would keep for the backward pass counts once. Attention that a GPU does in a fused kernel keeps
-what PyTorch's memory-efficient one does: q, k, v, the result, the logarithm of the softmax's sums, and the mask.
+The model runs forward on fake tensors that say they lie on a GPU: autocast chooses what it chooses there, every
+storage that autograd would keep for the backward pass counts once, and what each operator reads and writes is added
+up. Attention that a GPU does in a fused kernel keeps what PyTorch's memory-efficient one does: q, k, v, the result, the
+logarithm of the softmax's sums, and the mask.
 
 Two batches are counted, because position biases of Swin are kept once for all images: what grows with the batch stands
 apart from what does not. Not counted are the gradients and buffers that live for a moment in the backward pass, and
@@ -21,6 +22,7 @@ from torch._decomp.decompositions import gru_impl, lstm_impl
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from mlc.models.build import build_model
@@ -42,6 +44,8 @@ class Costs:
             where these are more, those that are in none, such as word embeddings.
         flops, recomputed: FLOPs of a forward pass, and of what the backward pass computes again.
         activations, shared: bytes at the peak of the backward pass: of each image, and of a micro-batch of any size.
+        moved, moved_again: bytes of activations that the operators of a forward pass read and write, and those of
+            what is computed again.
     """
 
     parameters: int
@@ -51,6 +55,8 @@ class Costs:
     activations: int
     shared: int = 0
     recomputed: int = 0
+    moved: int = 0
+    moved_again: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,14 +117,16 @@ def count(
         shared=few[0] - _FEW * each[0],
         flops=each[1],
         recomputed=each[2],
+        moved=each[3],
+        moved_again=each[4],
     )
 
 
 def peak(
     model: nn.Module, parts: Sequence[nn.Module], batch: tuple[Tensor | None, ...], autocast: torch.dtype | None
-) -> tuple[int, int, int]:
-    """(bytes kept at the worst moment, FLOPs of the forward pass, FLOPs computed again) of one batch, the arguments of
-    the model.
+) -> tuple[int, int, int, int, int]:
+    """(bytes kept at the worst moment, FLOPs of the forward pass, FLOPs computed again, bytes moved by the forward
+    pass, bytes moved again) of one batch, the arguments of the model.
 
     parts: what `recompute` has returned. Each has its own activations again when its turn comes in the backward pass,
     and a gradient as large as the largest of them, beside what was kept by all that came before it.
@@ -128,12 +136,13 @@ def peak(
     for part, forward in zip(parts, again, strict=True):
         part.forward = forward
     if not parts:
-        return plain.kept, plain.flops, 0
+        return plain.kept, plain.flops, 0, plain.moved, 0
     less = trace(model, *batch, parts=parts, autocast=autocast)
     worst = max(
         own.kept + own.largest + now.before + now.kept for own, now in zip(plain.regions, less.regions, strict=True)
     )
-    return max(less.kept, worst), plain.flops, sum(region.flops for region in plain.regions)
+    again = [sum(region.flops for region in plain.regions), sum(region.moved for region in plain.regions)]
+    return max(less.kept, worst), plain.flops, again[0], plain.moved, again[1]
 
 
 # ---- one forward pass ------------------------------------------------------------------------------------------------
@@ -142,21 +151,25 @@ def peak(
 @dataclass
 class Region:
     """A module in a forward pass: bytes kept before it, bytes it keeps itself and of these the largest tensor, and its
-    FLOPs up to the last tensor that it keeps, behind which nothing is computed again."""
+    FLOPs and bytes moved up to the last tensor that it keeps, behind which nothing is computed again."""
 
     before: int
     flops_before: int
+    moved_before: int
     kept: int = 0
     largest: int = 0
     flops: int = 0
+    moved: int = 0
 
 
 @dataclass
 class Pass:
-    """Bytes that a forward pass keeps for the backward pass beside the weights, and its FLOPs."""
+    """Bytes that a forward pass keeps for the backward pass beside the weights, its FLOPs, and the bytes that its
+    operators read and write."""
 
     kept: int = 0
     flops: int = 0
+    moved: int = 0
     regions: list[Region] = field(default_factory=list)
 
 
@@ -173,7 +186,7 @@ def trace(
     held: list[torch.UntypedStorage] = []
     regions: list[Region] = []
     inside: list[Region] = []  # one, or none
-    counter = FlopCounterMode(display=False)
+    counter, traffic = FlopCounterMode(display=False), _Traffic()
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -183,12 +196,13 @@ def trace(
             held.append(storage)  # an address is only a name while nobody else can get it
         for region in inside:
             region.flops = counter.get_total_flops() - region.flops_before
+            region.moved = traffic.moved - region.moved_before
             region.kept += storage.nbytes() * fresh
             region.largest = max(region.largest, storage.nbytes() * fresh)
         return tensor
 
     def enter(*_) -> None:
-        inside.append(Region(sum(kept.values()), counter.get_total_flops()))
+        inside.append(Region(sum(kept.values()), counter.get_total_flops(), traffic.moved))
         regions.append(inside[0])
 
     def leave(*_) -> None:
@@ -201,11 +215,12 @@ def trace(
         _Kernels(),
         weights,
         counter,
+        traffic,
     ):
         model(*batch)
     for hook in hooks:
         hook.remove()
-    return Pass(sum(kept.values()), counter.get_total_flops(), regions)
+    return Pass(sum(kept.values()), counter.get_total_flops(), traffic.moved, regions)
 
 
 class _Weights(TorchDispatchMode):
@@ -221,6 +236,24 @@ class _Weights(TorchDispatchMode):
         if func is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self.storages:
             self._held.append(out.untyped_storage())
             self.storages.add(self._held[-1]._cdata)
+        return out
+
+
+class _Traffic(TorchDispatchMode):
+    """Bytes that operators read and write, each a kernel of its own, as without a compiler; a view moves nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.moved = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        written = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        there = {t.untyped_storage()._cdata for t in read}
+        view = not func._schema.is_mutable and any(t.untyped_storage()._cdata in there for t in written)
+        if written and not view:  # nothing is written by a question, such as for the device
+            self.moved += sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in (*read, *written))
         return out
 
 

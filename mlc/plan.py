@@ -17,25 +17,27 @@ from mlc.footprint import Costs, Text, count
 from shards.console import Parser, UserError, did_you_mean, finite
 from shards.json_text import to_json
 
-# Name: (memory in GiB, dense bf16 TFLOP/s) as the makers' data sheets give them; T4 and V100 have fp16 instead.
+# Name: (memory in GiB, dense bf16 TFLOP/s, GB/s of memory) as the makers' data sheets give them; T4 and V100 have fp16
+# instead.
 GPUS = {
-    "t4": (15, 65),
-    "v100-16g": (16, 125),
-    "v100-32g": (32, 125),
-    "a4000": (16, 76.7),
-    "3090": (24, 71),
-    "4090": (24, 165.2),
-    "a5000": (24, 111.1),
-    "a6000": (48, 154.8),
-    "l40s": (48, 362),
-    "a100-40g": (40, 312),
-    "a100-80g": (80, 312),
-    "h100": (80, 989),
-    "h200": (141, 989),
-    "b200": (180, 2250),
+    "t4": (15, 65, 320),
+    "v100-16g": (16, 125, 900),
+    "v100-32g": (32, 125, 900),
+    "a4000": (16, 76.7, 448),
+    "3090": (24, 71, 936),
+    "4090": (24, 165.2, 1008),
+    "a5000": (24, 111.1, 768),
+    "a6000": (48, 154.8, 768),
+    "l40s": (48, 362, 864),
+    "a100-40g": (40, 312, 1555),
+    "a100-80g": (80, 312, 2039),
+    "h100": (80, 989, 3350),
+    "h200": (141, 989, 4800),
+    "b200": (180, 2250, 8000),
 }
 CONTEXT_GB = 1.0  # CUDA context, cuBLAS and NCCL buffers, fragmentation: what no formula knows
 USABLE = 0.95
+STREAMED = 0.8  # of the data sheet's bandwidth: what kernels that only copy reach
 ADAM_BYTES = 8  # two float32 moments
 # Which of weights, gradients and moments (and the EMA, which lies beside the weights) a strategy divides.
 DIVIDED = {
@@ -97,7 +99,7 @@ def fixed_bytes(strategy: str, c: Costs, gpus: int, *, autocast: bool, ema: bool
 
 
 def estimate(strategy: str, c: Costs, options: Namespace) -> Estimate:
-    room, _ = GPUS[options.gpu]
+    room, _, _ = GPUS[options.gpu]
     fixed = fixed_bytes(strategy, c, options.gpus, autocast=options.amp_dtype != "none", ema=not options.no_model_ema)
     once = fixed + CONTEXT_GB * 2**30 + c.shared
     most = int((room * USABLE * 2**30 - once) // max(c.activations, 1))
@@ -111,14 +113,23 @@ def estimate(strategy: str, c: Costs, options: Namespace) -> Estimate:
 def plan(options: Namespace) -> dict:
     """Everything `--json` prints."""
     c = costs(options)
-    _, tflops = GPUS[options.gpu]
+    _, tflops, bandwidth = GPUS[options.gpu]
     per_image = 3 * c.flops + c.recomputed  # forward once, backward twice as much
-    rate = options.mfu * tflops * 1e12 * options.gpus / per_image
+    moved = 3 * c.moved + c.moved_again
+    limits = {
+        "flops": options.mfu * tflops * 1e12 * options.gpus / per_image,
+        "memory": STREAMED * bandwidth * 1e9 * options.gpus / max(moved, 1),
+    }
+    bound = min(limits, key=limits.get)
+    rate = limits[bound]
     state = (4 * c.parameters * (1 if options.no_model_ema else 2)) + ADAM_BYTES * c.trainable
     strategies = DIVIDED if options.gpus > 1 else {"ddp": ""}
     return {
         "costs": asdict(c),
         "train_flops_per_image": per_image,
+        "train_bytes_per_image": moved,
+        "images_per_second_by": limits,
+        "bound_by": bound,
         "images_per_second": rate,
         "step_seconds": options.global_batch_size / rate,
         "hours": options.samples * options.epochs / rate / 3600 if options.samples else None,
@@ -188,7 +199,8 @@ def _say(found: dict, options: Namespace) -> None:
     console.print(table)
     hours = f", {found['hours']:.1f} h for {options.epochs:g} epochs" if found["hours"] else ""
     rate, seconds = found["images_per_second"], found["step_seconds"]
-    console.print(f"at {options.mfu:.0%} MFU: {rate:.0f} {samples}/s, {seconds:.2f} s a step{hours}")
+    by = {"flops": f"at {options.mfu:.0%} MFU", "memory": f"at {STREAMED:.0%} of the memory's bandwidth, which binds"}
+    console.print(f"{by[found['bound_by']]}: {rate:.0f} {samples}/s, {seconds:.2f} s a step{hours}")
     if cores := found["loader_cores_per_gpu"]:
         console.print(f"loader: {math.ceil(cores)} cores per GPU at {options.images_per_core} images/s each")
     console.print(

@@ -27,6 +27,7 @@ from mlc.data.sources import open_split
 from mlc.data.transforms import EvalTransform
 from mlc.inference import logits_of_rows, non_finite, probabilities, tta_views
 from mlc.metrics import thresholds
+from mlc.models.build import on_device
 from mlc.models.export import exported_crop, load_exported
 from mlc.parallel import agree, launch
 from shards.console import Parser, UserError, finite, plural, say
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None, load: Callable[[], tuple[torch.nn.Module
     for numbers in passes:
         info = loaded[numbers[0]][1]
         found, able = predict_each(
-            [loaded[number][0].to(accelerator.device) for number in numbers],
+            [on_device(loaded[number][0], accelerator.device) for number in numbers],
             info,
             reader,
             rows,

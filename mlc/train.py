@@ -148,7 +148,7 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     frozen = freeze(model, config.freeze)
     if config.memory_format == "auto" and choice.name == "ddp":  # the others take contiguous weights only
-        model.to(memory_format=fast_memory_format(model))
+        model.to(memory_format=fast_memory_format(model, device))
     bare = model.to(device)  # what is averaged, evaluated and saved; the strategy may wrap it for training
     ema = Ema(bare) if config.model_ema else None
     averaged = ema.module if ema else None

@@ -44,6 +44,14 @@ def test_what_is_kept_of_linear_layers_is_their_input():
     assert footprint.trace(model, torch.rand(3, 8)).kept == 4 * 3 * (8 + 16)
 
 
+def test_what_is_moved_is_what_each_operator_reads_and_writes():
+    """A convolution from 3 to 8 channels and a ReLU in place on 16 pixels; flattening is a view. A closed form."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.ReLU(inplace=True), nn.Flatten())
+    few, many = (footprint.trace(model, torch.rand(n, 3, 4, 4)).moved for n in (2, 4))
+    assert many - few == 2 * 4 * 16 * ((3 + 8) + (8 + 8))
+    assert few - (many - few) == 4 * 3 * 8  # the weights, for a batch of any size
+
+
 def test_types_are_those_of_autocast_on_a_gpu():
     """Products in bfloat16, layer norm in float32 with its mean and deviation; a CPU's would stay in bfloat16. The
     weights' copies in bfloat16 belong to the weights."""

@@ -58,11 +58,26 @@ def test_modes_of_gradient_checkpointing_and_attention_reach_the_count():
     flops = [found["train_flops_per_image"] for found in plans.values()]
     assert kept[0] / 12 < kept[2] < kept[0] / 4 and kept[0] / 2 < kept[1] < 0.7 * kept[0]
     assert [f / flops[0] for f in flops] == pytest.approx([1, 1 + 1 / 9, 1 + 2 / 9], rel=0.02)
-    rates = [found["images_per_second"] for found in plans.values()]
+    rates = [found["images_per_second_by"]["flops"] for found in plans.values()]
     assert rates[0] / rates[2] == pytest.approx(flops[2] / flops[0])
+    moved = [found["train_bytes_per_image"] for found in plans.values()]
+    assert moved[0] < moved[1] < moved[2] < 4 / 3 * moved[0]
     swin = {"model": "swinv2_tiny_window8_256"}
     fast, timms = (plan.costs(options(**swin, attention=a)).activations for a in ("fast", "timm"))
     assert timms > 1.1 * fast
+
+
+@pytest.mark.parametrize(
+    "model, size, bound, words",
+    [("efficientnet_lite0", 64, "memory", "of the memory's bandwidth"), ("vit_base_patch16_224", 224, "flops", "MFU")],
+)
+def test_the_slower_of_arithmetic_and_memory_is_said(capsys, model, size, bound, words):
+    more = {"model": model, "img_size": size, "amp_dtype": "bf16", "gpus": 1}
+    found = plan.plan(options(**more))
+    assert found["bound_by"] == bound
+    assert found["images_per_second"] == min(found["images_per_second_by"].values())
+    plan._say(found, options(**more))
+    assert words in capsys.readouterr().out
 
 
 def test_captions_are_counted(tmp_path):
@@ -120,7 +135,10 @@ def test_as_json_and_for_people(capsys, shards):
     assert run_verb(plan.main, [*flags, "--json", "--data", str(shards)]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {row["strategy"] for row in found["strategies"]} == {"ddp", "zero1", "zero2", "zero3", "fsdp2"}
-    assert found["images_per_second"] == pytest.approx(0.25 * 989e12 * 4 / (3 * found["costs"]["flops"]))
+    by = found["images_per_second_by"]
+    assert by["flops"] == pytest.approx(0.25 * 989e12 * 4 / (3 * found["costs"]["flops"]))
+    assert by["memory"] == pytest.approx(0.8 * 3350e9 * 4 / (3 * found["costs"]["moved"]))
+    assert found["images_per_second"] == min(by.values()) == by[found["bound_by"]]
     assert found["hours"] > 0
     assert run_verb(plan.main, flags) == 0
     assert "micro-batch" in capsys.readouterr().out

@@ -12,7 +12,7 @@ from pathlib import Path
 import timm
 import torch
 from numpy.typing import ArrayLike
-from timm.models import get_deprecated_models, get_pretrained_cfg
+from timm.models import get_deprecated_models, get_pretrained_cfg, is_model_in_modules
 from torch import nn
 
 from mlc.models.convert import read_weights
@@ -80,12 +80,30 @@ def build_model(
     return model
 
 
-def fast_memory_format(model: nn.Module) -> torch.memory_format:
-    """Channels last for a ConvNet, whose kernels read all channels of a pixel at once; contiguous for a transformer,
-    whose only convolution is the patch embedding. Results are the same up to rounding.
+# timm's modules whose larger models run and train as fast or faster in channels last on a CPU. PyTorch's kernels there
+# write over foreign memory for some others, such as FastViT and byobnet's MobileOne: a family must have been tried.
+CHANNELS_LAST_ON_CPU = ("convnext", "efficientnet", "resnet")
+
+
+def fast_memory_format(model: nn.Module, device: str | torch.device = "cpu") -> torch.memory_format:
+    """Channels last for a ConvNet on CUDA, whose kernels read all channels of a pixel at once, and for families that
+    were tried on a CPU; contiguous elsewhere and for a transformer, whose only convolution is the patch embedding.
+    Results are the same up to rounding.
     """
     convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
-    return torch.channels_last if convolutions > 1 else torch.contiguous_format
+    kind = torch.device(device).type
+    fast = convolutions > 1 and (kind == "cuda" or (kind == "cpu" and _tried_on_cpu(model)))
+    return torch.channels_last if fast else torch.contiguous_format
+
+
+def on_device(model: nn.Module, device: str | torch.device) -> nn.Module:
+    """The model itself, moved there and in the memory format that is fast there."""
+    return model.to(device, memory_format=fast_memory_format(model, device))
+
+
+def _tried_on_cpu(model: nn.Module) -> bool:
+    architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture", "")
+    return is_model_in_modules(architecture, CHANNELS_LAST_ON_CPU)
 
 
 def resolve_name(name: str, head: str = "linear") -> tuple[str, str]:

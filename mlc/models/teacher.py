@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mlc.data.text import Tokenizer, load_tokenizer, numbering
+from mlc.models.build import on_device
 from mlc.models.export import load_exported
 from mlc.models.feature_head import FeatureHead
 from mlc.models.fusion import Fused
@@ -57,7 +58,7 @@ class Teacher:
             raise UserError(
                 f"--kd-teacher {folder} knows other classes than the data set; train it on the same classes"
             )
-        teacher, own = cls(model.to(device).requires_grad_(False)), info["pretrained_cfg"]
+        teacher, own = cls(on_device(model, device).requires_grad_(False)), info["pretrained_cfg"]
         teacher._size = own["input_size"][-1]
         own_mean, own_std, mean, std = (
             torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (own["mean"], own["std"], mean, std)

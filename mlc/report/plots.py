@@ -1,19 +1,21 @@
 """Pictures for people: what the model saw and what it said."""
 
-import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import ImageOps
 
 from mlc.data.transforms import upright
 from shards.image import open_image, to_rgb
 
 COLUMNS, ROWS = 6, 4
+CELL = 200  # pixels of a picture's side
+WIDTH = 32  # characters below a picture, as many as fit
 
 
 def contact_sheet(path: Path, reader, rows: np.ndarray, predicted: np.ndarray, classes: Sequence[str]) -> None:
-    """The first of some rows of a split, each with its labels: found (green), missed (orange), wrong (red).
+    """Random rows of those given, the same each time, with their labels: found (green), missed (orange), wrong (red).
 
     rows int64 [N] and predicted bool [N, C].
     """
@@ -26,11 +28,13 @@ def contact_sheet(path: Path, reader, rows: np.ndarray, predicted: np.ndarray, c
     figure.subplots_adjust(left=0.01, right=0.99, top=0.99, bottom=0.07, wspace=0.08, hspace=0.42)
     for axis in axes.flat:
         axis.axis("off")
-    for row, said, axis in zip(rows.tolist(), predicted, axes.flat, strict=False):
-        axis.imshow(to_rgb(upright(open_image(reader.read(row)))))
+    drawn = np.sort(np.random.default_rng(0).permutation(len(rows))[: axes.size])
+    for row, said, axis in zip(rows[drawn].tolist(), predicted[drawn], axes.flat, strict=False):
+        image = to_rgb(upright(open_image(reader.read(row))))
+        axis.imshow(ImageOps.pad(image, (CELL, CELL), color="white"))  # so that all labels begin at one height
         for place, (text, color) in enumerate(_verdict(reader.index.labels(row), said, classes)):
             below = -0.04 - 0.12 * place
-            axis.text(0.5, below, text, transform=axis.transAxes, ha="center", va="top", fontsize=8, color=color)
+            axis.text(0.5, below, text, transform=axis.transAxes, ha="center", va="top", fontsize=7.5, color=color)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -45,5 +49,13 @@ def _verdict(labels: np.ndarray, predicted: np.ndarray, classes: Sequence[str]) 
         ("wrong", said - true, "#cf222e"),
     ):
         if columns:
-            names = " ".join(classes[c] for c in sorted(columns))
-            yield f"{mark} {textwrap.shorten(names, 30, placeholder=' …')}", color
+            yield _line(mark, [classes[c] for c in sorted(columns)]), color
+
+
+def _line(mark: str, names: list[str]) -> str:
+    """As many of the names as fit, at least part of the first."""
+    text = f"{mark} {' '.join(names)}"
+    if len(text) <= WIDTH:
+        return text
+    cut = text[: WIDTH - 2].rpartition(" ")[0]
+    return f"{cut} …" if cut != mark else f"{text[: WIDTH - 1]}…"

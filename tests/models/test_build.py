@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from collections import OrderedDict
 
 import huggingface_hub.constants
@@ -241,3 +243,42 @@ def test_the_memory_format_changes_no_result(name, size, expected):
     model.to(memory_format=layout)
     assert (layout is torch.channels_last) == expected
     torch.testing.assert_close(model(image), logits)
+
+
+def test_channels_last_by_device_and_family():
+    names = {"resnet18": True, "fastvit_t8": False, "mobileone_s0": False}
+    for name, tried in names.items():
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        assert fast_memory_format(model, "cuda") is torch.channels_last
+        assert (fast_memory_format(model, "cpu") is torch.channels_last) == tried
+        assert fast_memory_format(model, "mps") is torch.contiguous_format
+
+
+# The smallest quick one of each family of timm that has convolutions.
+FAMILIES = (
+    *("test_byobnet", "mobileone_s0", "mobilevitv2_050", "test_convnext", "test_convnext2", "cpubone_nano"),
+    *("cs3darknet_focus_s", "edgenext_xx_small", "test_efficientnet", "test_efficientnet_ln", "efficientvit_b0"),
+    *("fasternet_t0", "fastvit_t8", "ghostnet_050", "inception_next_atto", "iformer_t", "levit_128s"),
+    *("test_mambaout", "mobilenetv3_small_050", "test_nfnet", "repghost_050", "hgnetv2_b0", "regnetx_002"),
+    *("test_resnet", "skresnet18", "starnet_s1", "shvit_s1", "convnextv2_atto", "pvt_v2_b0", "mobilenetv4_conv_small"),
+)
+_PASSES = """
+import faulthandler, sys
+faulthandler.enable()
+import timm, torch
+from mlc.models.build import build_model, on_device
+torch.manual_seed(0)
+for name in filter(timm.is_model, sys.argv[1:]):
+    print(name, flush=True)
+    model = on_device(build_model(name=name, num_classes=3, img_size=64), "cpu")
+    model(torch.randn(2, 3, 64, 64)).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None), name
+print("all")
+"""
+
+
+def test_no_family_of_convnets_crashes_on_a_cpu():
+    """In a process of its own, whose last printed name is the one that crashed."""
+    done = subprocess.run([sys.executable, "-c", _PASSES, *FAMILIES], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.endswith("all\n"), done.stdout[-100:] + done.stderr[-2000:]

@@ -179,14 +179,14 @@ def _out_of_fold(options: Namespace, runs: Sequence[Run], sources: Sources, inde
         records.append(_record(run, sources, index, options))
         _predict_fold(options, run, records[-1], out / run.variant)
     classes = sources.dataset.classes
-    scores = join([out / run.variant / f"{index.path.stem}.csv" for run in runs], index, classes)
+    scores = join([out / run.variant / f"{sources.split}.csv" for run in runs], index, classes)
     file, target = out / "oof.csv", index.targets(np.arange(len(index))) > 0.5
     write_probabilities(file, index.batch.column("image_id").to_pylist(), classes, scores)
     zero = {"zero_division": runs[0].config.zero_division}
     threshold, value = thresholds.best_global_threshold(scores, target, **zero)
     how = {"metric": "f1_samples", "threshold": threshold, "value": value}
     thresholds.save(out / "thresholds.json", **how, **zero)
-    made = {"data": sources.fingerprint, "split": index.path.stem, "samples": len(index), "runs": records}
+    made = {"data": sources.fingerprint, "split": sources.split, "samples": len(index), "runs": records}
     made |= {"scores": dict(multilabel.evaluate(scores, target, **zero)), "sha256": file_sha256(file)}
     fingerprint = hashlib.sha256(to_json(made, sort_keys=True).encode()).hexdigest()[:16]
     with disk_errors(out):

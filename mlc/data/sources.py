@@ -31,6 +31,7 @@ class Sources:
     """`dataset` is the first of `--data`, whose classes are those of all; `readers` has one per data set."""
 
     dataset: Dataset
+    split: str  # to train on
     sampler: Sampler
     readers: Sequence[TarReader]
     fingerprint: str
@@ -43,7 +44,7 @@ class Sources:
         features = {"features": self.features.fingerprint} if self.features else {}
         return {
             "data set": self.fingerprint,
-            "training split": self.sampler.sources[0].index.path.stem,
+            "training split": self.split,
             "samples": self.sampler.fingerprint,
             **features,
         }
@@ -107,6 +108,7 @@ def open_sources(config: Config) -> Sources:
     total = sum(len(index) if own is None else len(own) for index, own in zip(splits, rows, strict=True))
     return Sources(
         dataset=first,
+        split=config.train_split,
         sampler=sampler,
         readers=[_reader(config, index) for index in splits],
         fingerprint="+".join(found.fingerprint for found in opened),

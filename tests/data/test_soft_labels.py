@@ -122,5 +122,6 @@ def test_files_that_are_none(dataset, tmp_path):
     for name, content in (("no.csv", None), ("no.arrow", None), ("empty.csv", b""), ("bad.arrow", b"ARROW1 not")):
         if content is not None:
             (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=f"{name} cannot be read as predictions"):
+        problem = "is empty: download" if content == b"" else "cannot be read as predictions"
+        with pytest.raises(UserError, match=f"{name} {problem}"):
             SoftLabels([str(tmp_path / name)], [Rows(open_split(dataset, "train"), 0)], dataset.classes)

@@ -351,7 +351,7 @@ def test_an_array_of_runs_and_one_of_those_that_need_them(shards, tmp_path, monk
 
 def test_a_task_trains_in_its_folder_and_says_how_long(shards, tmp_path, monkeypatch):
     script = submitted(tmp_path, shards, monkeypatch)[0]
-    for name, body in {"mlc": "echo o/x", "srun": 'echo "srun ${@: -4}"'}.items():
+    for name, body in {"mlc": '[ "$2" = resume ] && echo auto || echo o/x', "srun": 'echo "srun ${@: -4}"'}.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
     env = os.environ | {"SLURM_ARRAY_TASK_ID": "2", "SLURM_JOB_ID": "9", "SLURM_NNODES": "1", "SLURM_JOB_END_TIME": "1"}

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from shards.console import say
+from shards.json_text import to_json
 
 RUN_LOCK = ".training"  # in a run's folder
 BEAT = 5.0  # seconds
@@ -151,7 +152,7 @@ def _created(file: Path, holder: Holder) -> bool:
     """False where the file is there already: another was faster."""
     try:
         with file.open("x") as stream:
-            stream.write(json.dumps(asdict(holder)))
+            stream.write(to_json(asdict(holder)))
     except FileExistsError:
         return False
     except OSError:

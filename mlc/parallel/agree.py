@@ -6,13 +6,13 @@ than the others by it, or they wait for each other in different collectives. So 
 is the same everywhere.
 """
 
-import json
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from shards.console import UserError
+from shards.json_text import to_json
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ def require_same(facts: dict[str, Any]) -> None:
     Raises:
         UserError: another process has another value than the first, with both and the name.
     """
-    own = {name: json.dumps(value, sort_keys=True, default=str) for name, value in facts.items()}
+    own = {name: to_json(value, sort_keys=True, default=str) for name, value in facts.items()}
     first, *others = gathered(own)
     for rank, other in enumerate(others, 1):
         for name in dict.fromkeys([*first, *other]):

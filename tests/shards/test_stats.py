@@ -78,7 +78,7 @@ def test_names_are_not_markup(tmp_path, capsys):
     raw = write_raw(tmp_path / "raw", samples=2, classes=1)
     text = (raw / "train.csv").read_text()
     (raw / "train.csv").write_text(text.replace("0.jpg,0", "0.jpg,[red]bold[/red]"))
-    assert pack_raw(raw, tmp_path / "out") == 0
+    assert pack_raw(raw, tmp_path / "out", "--label-separator", " ") == 0
     capsys.readouterr()
     assert run(stats.main, [str(tmp_path / "out")]) == 0
     assert "[red]bold[/red]" in capsys.readouterr().out

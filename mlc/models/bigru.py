@@ -8,6 +8,7 @@ words are turned round, where packed sequences would have the host wait for the 
 import torch
 from torch import Tensor, nn
 
+from mlc.models.recurrent import states_of
 from mlc.models.text_pool import AttentionPool
 
 PAD = 0  # the row of zeros
@@ -65,8 +66,8 @@ class BiGru(nn.Module):
     def forward(self, tokens: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
         words = self.drop(self.embedding(tokens))
         turn = _turned(token_mask)
-        onward = self.onward(words)[0]
-        back = _take(self.back(_take(words, turn))[0], turn)
+        onward = states_of(self.onward, words)
+        back = _take(states_of(self.back, _take(words, turn)), turn)
         states = torch.cat((onward, back), -1)
         if self.pool is not None:
             pooled = self.pool(states, token_mask)

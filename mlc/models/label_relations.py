@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mlc.models.recurrent import states_of
+
 
 class Lstm(nn.Module):
     """A linear classifier, and an LSTM that walks over its logits in both directions and corrects them.
@@ -32,7 +34,7 @@ class Lstm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits = self.linear(x)
         labels = self.embedding.to(logits.dtype).expand(len(x), -1, -1)
-        states, _ = self.lstm(torch.cat((logits[..., None], labels), -1))
+        states = states_of(self.lstm, torch.cat((logits[..., None], labels), -1))
         return logits + self.correction(states).squeeze(-1)
 
     def last(self) -> tuple[Tensor, Tensor | None]:

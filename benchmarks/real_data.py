@@ -6,9 +6,10 @@ a man, a woman and a person who do the same are one concept. `icons`: five icon 
 the next size they have, labelled with their context (actions, apps, ...) and with the commonest words of their
 freedesktop names; the caption is the name, so it gives those words away.
 
-A hash of the concept (emoji, icon name) decides the split, so that no concept is in two, and of exact copies of a
-picture one is kept. Each set is a folder of train.csv, val.csv, test.csv and images/, as `mlc pack` reads it. Packages
-are kept below the data folder; npm, apt-get and dpkg-deb are asked for them by name.
+A hash of the concept (emoji, icon name) decides the split, so that no concept is in two; of exact copies of a picture
+one is kept, and of near copies in different splits the one in train.csv, or else in val.csv. Each set is a folder of
+train.csv, val.csv, test.csv and images/, as `mlc pack` reads it. Packages are kept below the data folder; npm, apt-get
+and dpkg-deb are asked for them by name.
 """
 
 import argparse
@@ -29,9 +30,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import common
+import numpy as np
 from PIL import Image
 
 from shards.console import UserError, few, run, say
+from shards.duplicates import near_pairs
+from shards.pictures import fingerprint
 
 CACHE = Path.home() / ".cache" / "mlc-real"
 SHARES = {"train": 0.6, "val": 0.15, "test": 0.25}
@@ -208,7 +212,7 @@ SETS: dict[str, Callable[[Path], list[Picture]]] = {"emoji": emoji, "icons": ico
 
 def make(name: str, data_dir: Path, *, part: int = 1) -> Path:
     """The folder of the set, made anew from its packages; to try it, a `part`-th of the pictures and of the labels."""
-    pictures = flattened(SETS[name](data_dir / "packages")[::part])
+    pictures = without_leaks(flattened(SETS[name](data_dir / "packages")[::part]))
     labels = commonest(pictures, LEAST // part, MOST // part)
     folder = data_dir / (name if part == 1 else f"{name}-quick")
     if folder.exists() and not (folder / MARK).exists():
@@ -240,6 +244,21 @@ def flattened(pictures: Iterable[Picture]) -> list[Picture]:
         same = Picture(picture.name, picture.concept, picture.words, picture.caption, file.getvalue())
         kept.setdefault(hashlib.sha256(repr(rgb.size).encode() + rgb.tobytes()).digest(), same)
     return list(kept.values())
+
+
+def without_leaks(pictures: Sequence[Picture]) -> list[Picture]:
+    """Of near copies in different splits, those in the smaller splits go: a theme may draw one thing for two names."""
+    prints = []
+    for picture in pictures:
+        with Image.open(io.BytesIO(picture.png)) as image:
+            prints.append(fingerprint(image.convert("RGB")))
+    order = list(SHARES)
+    gone = set()
+    for i, j in near_pairs(np.array([code for code, _ in prints]), np.stack([tiny for _, tiny in prints])).tolist():
+        one, other = order.index(split_of(pictures[i].concept)), order.index(split_of(pictures[j].concept))
+        if one != other:
+            gone.add(i if one > other else j)
+    return [picture for i, picture in enumerate(pictures) if i not in gone]
 
 
 def commonest(pictures: Iterable[Picture], least: int = LEAST, most: int = MOST) -> set[str]:

@@ -121,11 +121,15 @@ def look(task: Task) -> Looked:
         except BadImage as problem:
             found.problem[place] = str(problem)
             continue
-        small = image.resize((SIDE, SIDE), Image.Resampling.BOX)
         found.size[place] = size
-        found.hash[place] = perceptual_hash(small)
-        found.tiny[place] = np.asarray(small.resize((TINY, TINY), Image.Resampling.BOX)).ravel()
+        found.hash[place], found.tiny[place] = fingerprint(image)
     return found
+
+
+def fingerprint(image: Image.Image) -> tuple[np.uint64, np.ndarray]:
+    """What `shards.duplicates.near_pairs` compares: the perceptual hash and the picture at 8 x 8, uint8 [192]."""
+    small = image.resize((SIDE, SIDE), Image.Resampling.BOX)
+    return perceptual_hash(small), np.asarray(small.resize((TINY, TINY), Image.Resampling.BOX)).ravel()
 
 
 def perceptual_hash(image: Image.Image) -> np.uint64:

@@ -41,6 +41,28 @@ def archive(files, links=()):
     return tarfile.open(fileobj=io.BytesIO(file.getvalue()))
 
 
+def dots(shift=0, spots=((8, 20), (40, 12), (30, 44))):
+    image = Image.new("RGB", (64, 64), "white")
+    for x, y in spots:
+        image.paste((20 + shift, 90, 160), (x, y, x + 14, y + 14))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def test_near_copies_do_not_straddle_splits():
+    by_split = {}
+    for i in range(100):
+        by_split.setdefault(real_data.split_of(str(i)), str(i))
+    others = [str(i) for i in range(100) if real_data.split_of(str(i)) == "test"][1:2]
+    pictures = [
+        real_data.Picture(f"{split}.png", concept, frozenset("a"), "", dots(shift=shift))
+        for shift, (split, concept) in enumerate(by_split.items())
+    ]
+    pictures.append(real_data.Picture("else.png", others[0], frozenset("a"), "", dots(spots=((44, 4), (3, 46)))))
+    assert [picture.name for picture in real_data.without_leaks(pictures)] == ["train.png", "else.png"]
+
+
 # ---- emoji -----------------------------------------------------------------------------------------------------------
 
 ENTRIES = {  # unified: (category, short name)
@@ -116,15 +138,22 @@ def test_an_icon_is_taken_once_at_64_pixels_or_the_next_size():
 # ---- a set out of pictures -------------------------------------------------------------------------------------------
 
 
+def noise(seed):
+    blocks = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(blocks).resize((96, 96), Image.Resampling.NEAREST).save(file, "PNG")
+    return file.getvalue()
+
+
 def pictures(concepts=60):
     """Of two vendors; every third concept is also there as an exact copy, under a name of its own."""
     made = []
     for i in range(concepts):
         words = frozenset(["even", "rare"] if i == 0 else ["even"] if i % 2 == 0 else ["odd"] if i > 1 else [])
         for j, vendor in enumerate(("one", "two")):
-            made.append(real_data.Picture(f"{i}-{vendor}.png", str(i), words, f"number {i}", png((i, j, 0), 96)))
+            made.append(real_data.Picture(f"{i}-{vendor}.png", str(i), words, f"number {i}", noise(2 * i + j)))
         if i % 3 == 0:
-            made.append(real_data.Picture(f"z{i}.png", f"z{i}", words, "copy", png((i, 0, 0), 96)))
+            made.append(real_data.Picture(f"z{i}.png", f"z{i}", words, "copy", noise(2 * i)))
     return made
 
 

@@ -83,7 +83,12 @@ def prepare(name: str, options, folder: Path) -> Task:
 def main(argv: list[str] | None = None) -> int:
     parser = common.arguments(__doc__, rounds=1)
     parser.add_argument("--sets", nargs="+", choices=real_data.SETS, default=list(real_data.SETS), help="default: both")
-    parser.add_argument("--sides", nargs="+", default=list(EVERY), help="also recipe:NAME (default: %(default)s)")
+    parser.add_argument(
+        "--sides",
+        nargs="+",
+        default=list(EVERY),
+        help="also recipe:NAME, and 'recipe:NAME --flag ...' (default: %(default)s)",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of every side (default: 1 2 3)")
     parser.add_argument("--size", type=int, default=real_data.SIZE, help="pixels (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=3, help="passes over train.csv (default: %(default)s)")

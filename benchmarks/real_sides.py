@@ -9,6 +9,8 @@ of the CSV. A side more is one function and a line in `SIDES`.
 
 import os
 import random
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -171,10 +173,17 @@ SIDES: dict[str, Callable[[Task, int], Predictions]] = {
 
 
 def side(name: str) -> Callable[[Task, int], Predictions]:
-    """A side of `SIDES`, or any recipe as `recipe:NAME`. Raises UserError."""
-    kind, _, recipe = name.partition(":")
+    """A side of `SIDES`, or any recipe as `recipe:NAME`; flags may follow `bare` and a recipe. Raises UserError."""
+    first, *flags = shlex.split(name)
+    kind, _, recipe = first.partition(":")
     if kind == "recipe" and recipe:
-        return partial(ours, name=recipe, flags=("-c", recipe))
+        return partial(ours, name=_folder(name), flags=("-c", recipe, *flags))
+    if first == "bare" and flags:
+        return partial(ours, name=_folder(name), flags=tuple(flags))
     if name not in SIDES:
         raise UserError(f"there is no side {name!r}: choose among {', '.join(SIDES)} and recipe:NAME")
     return SIDES[name]
+
+
+def _folder(name: str) -> str:
+    return re.sub("[^a-zA-Z0-9.]+", "-", name)

@@ -78,6 +78,8 @@ class Config:
     """what is not trained: `backbone`, or the parameters whose names a regular expression finds"""
     head_bias: Literal["zero", "prior"] = "zero"
     """first bias of the classifier; `prior`: logit of each class's frequency in the training split"""
+    init_head: str = ""
+    """start with the classifier of this run, a linear head on `mlc features` of the same backbone (docs/features.md)"""
     drop: float = 0.0
     """dropout before the classifier"""
     drop_path: float = 0.0

@@ -15,7 +15,7 @@ _CAPTIONS += ("load", "load_text", "load_combine")
 
 # What changes images, or the models that see them.
 _IMAGES = ("model", "pretrained", "pretrained_path", "img_size", "drop_path", "model_kwargs", "freeze", "layer_decay")
-_IMAGES += ("grad_checkpointing", "compile", "text_model", "vflip", "aa", "reprob", "cutout", "kd_feature")
+_IMAGES += ("init_head", "grad_checkpointing", "compile", "text_model", "vflip", "aa", "reprob", "cutout", "kd_feature")
 _WITH_POS_WEIGHT = ("bce", "focal", "asl")  # whose value is of one class alone
 _ON_FEATURES = ("linear", "mlp", "lstm")  # heads that look at no places of an image
 
@@ -99,6 +99,8 @@ def impossible(c: Any) -> Iterator[str]:
     if c.hard_list and not c.hard_mining:
         yield "--hard-list needs --hard-mining, the share of the samples to take from it"
     yield from _impossible_captions(c)
+    if c.init_head and (c.head != "linear" or c.text_model):
+        yield "--init-head starts the classifier of an image model with --head linear, and no other"
     if c.lr == "auto" and (c.features or (c.text_model and c.fusion == "none")):
         yield "--lr auto goes by the image's backbone, and here is none; give a number"
 

@@ -123,11 +123,13 @@ class Source:
                 features = own(torch.zeros(1, 3, own.size, own.size)).shape[1]
             how = {"img_size": own.size, "mean": list(own.mean), "std": list(own.std), "crop": self.seeing.crop}
             how |= {"crop_pct": self.seeing.crop_pct, "tta": tta}
-            told.append({"name": self.seeing.name, "features": features, "weights": digest(own), **how})
+            told.append({"name": self.seeing.name, "features": features, "weights": digest(own.state_dict()), **how})
         if self.reading:
             own, tokenizer = self.reading.encoder, self.reading.tokenizer
             how = {"pool": self.reading.pool, "max_tokens": tokenizer.max_tokens, "clean": list(self.reading.clean)}
-            told.append({"name": self.reading.name, "features": own.num_features, "weights": digest(own), **how})
+            told.append(
+                {"name": self.reading.name, "features": own.num_features, "weights": digest(own.state_dict()), **how}
+            )
         return told
 
 

@@ -38,7 +38,13 @@ from shards.json_text import to_json
 from shards.tar import file_sha256
 
 OWN = ("fold", "resume", "resume_weights_only", "dry_run")  # settings that it gives each training itself
-TEACHERS = ("kd_teacher", "load", "load_text", "load_combine")  # models that may have seen the samples held out
+TEACHERS = (
+    "kd_teacher",
+    "load",
+    "load_text",
+    "load_combine",
+    "init_head",
+)  # models that may have seen the samples held out
 WITH_FOLD = (*TEACHERS, "pretrained_path")  # {fold} in them is the number of the fold
 RECORD = "made-from.json"  # beside the predictions of a fold
 

@@ -42,6 +42,7 @@ SILENT = (
     "load",
     "load_text",
     "load_combine",
+    "init_head",
     "grad_checkpointing",
     "attention",
     "memory_format",

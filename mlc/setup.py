@@ -12,6 +12,7 @@ from mlc.models.build import build_model
 from mlc.models.feature_head import FeatureHead
 from mlc.models.fusion import Fused
 from mlc.models.heads import classifier_prefixes, init_head_bias
+from mlc.models.init_head import init_head
 from mlc.models.text import layer_scales
 from mlc.optim.optimizers import make_optimizer
 from mlc.optim.param_groups import param_groups
@@ -34,6 +35,8 @@ def model_of(config: Config, sources: Sources, reading: Reading | None = None, *
         init_head_bias(model, (sampler.expected_frequencies() * samples + 1) / (samples + 2))
     if published:
         load_text_parts(model, config, classes)
+        if config.init_head:
+            init_head(model, config.init_head, classes)
     return model
 
 

@@ -3,7 +3,7 @@ model, or one tower of a CLIP-like pair), or a finished run. All give one vector
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,10 +148,10 @@ def encoders_of_run(model: nn.Module, info: dict) -> tuple[ImageEncoder | None, 
     return ImageEncoder(image, size=config["input_size"][-1], mean=config["mean"], std=config["std"]), text
 
 
-def digest(module: nn.Module) -> str:
-    """16 hex digits over all weights and their names: equal for equal encoders."""
+def digest(state: Mapping[str, Tensor]) -> str:
+    """16 hex digits over all weights of a state dict and their names: equal for equal encoders."""
     whole = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(state.items()):
         whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return whole.hexdigest()[:16]

@@ -76,7 +76,7 @@ class Config:
     """arguments of the head, as k=v (docs/methods.md lists them)"""
     freeze: str = ""
     """what is not trained: `backbone`, or the parameters whose names a regular expression finds"""
-    head_bias: Literal["zero", "prior"] = "zero"
+    head_bias: Literal["zero", "prior"] = "prior"
     """first bias of the classifier; `prior`: logit of each class's frequency in the training split"""
     init_head: str = ""
     """start with the classifier of this run, a linear head on `mlc features` of the same backbone (docs/features.md)"""
@@ -138,8 +138,8 @@ class Config:
     embeddings: str = ""
     """`bigru`: word vectors to start from: a .vec, .txt or .bin file (`mlc embed`), or fasttext, word2vec-skipgram or
     word2vec-cbow, trained on the training captions when the run begins"""
-    text_lr_mult: float = 1.0
-    """factor of the text encoder's learning rate"""
+    text_lr_mult: float | Literal["auto"] = "auto"
+    """factor of the text encoder's learning rate; `auto`: what gives it a rate of its own under --lr auto, else 1"""
     text_layer_decay: float | None = None
     """layer-wise decay of the text encoder's learning rate"""
     load: str = ""
@@ -178,7 +178,7 @@ class Config:
     # ---- Optimisation ----
     opt: str = "adamw"
     """adamw, sgd (Nesterov), lamb, lion or any other of timm's optimizers"""
-    lr: float | Literal["auto"] = 1e-4
+    lr: float | Literal["auto"] = "auto"
     """peak learning rate; `auto`: by a rule from optimizer, backbone and batch, said at the start (docs/methods.md)"""
     weight_decay: float = 0.05
     """weight decay, decoupled in AdamW and Lion, part of the gradient in `sgd` (not in `sgdw`); norms, biases, position
@@ -189,19 +189,21 @@ class Config:
     """epsilon of Adam's relatives"""
     momentum: float = 0.9
     """momentum of SGD's relatives"""
-    layer_decay: float | None = None
-    """layer-wise decay of the learning rate: each layer learns this factor slower than the one after it"""
-    head_lr_mult: float = 1.0
-    """factor of the classifier's learning rate"""
+    layer_decay: float | Literal["auto"] = "auto"
+    """layer-wise decay of the learning rate: each layer learns this factor slower than the one after it; `auto`: 0.8
+    for a pretrained image model under --lr auto, else 1"""
+    head_lr_mult: float | Literal["auto"] = "auto"
+    """factor of the classifier's learning rate; `auto`: 3 for a new one on a pretrained image model under --lr auto,
+    else 1"""
     lr_mult: dict[str, float] = field(default_factory=dict)
     """factors of the learning rate, as REGEX=FACTOR; the first expression that is found in a parameter's name counts"""
     wd_mult: dict[str, float] = field(default_factory=dict)
     """factors of the weight decay, as REGEX=FACTOR"""
-    clip_grad: float | None = None
-    """largest gradient norm over all parameters (default: no clipping)"""
+    clip_grad: float | None = 5.0
+    """largest gradient norm over all parameters; `none` for no clipping"""
     sched: Literal["cosine", "linear", "step", "multistep", "onecycle", "constant"] = "cosine"
     """learning rate after the warm-up; `onecycle` is `cosine` with a warm-up of half a wave as well"""
-    warmup: str = "0ep"
+    warmup: str = "10%"
     """duration of the linear warm-up, also as a share of the run: 20%"""
     warmup_lr: float = 0.0
     """learning rate at the start of the warm-up"""
@@ -217,7 +219,7 @@ class Config:
     """autocast; `auto` takes the launcher's --mixed_precision on a GPU and none on a CPU"""
     model_ema: bool = True
     """keep an exponential moving average of the weights and evaluate it as well"""
-    model_ema_decay: float | Literal["auto"] = 0.9998
+    model_ema_decay: float | Literal["auto"] = "auto"
     """decay of the average per optimizer step; `auto`: looks back on a tenth of the run"""
     model_ema_warmup: bool = True
     """start the average with a smaller decay, (1 + step) / (10 + step)"""
@@ -330,7 +332,7 @@ class Config:
     # ---- Evaluation and checkpoints ----
     eval_every: str = "1ep"
     """duration between evaluations; one more at the end"""
-    eval_metric: str = "f1_samples"
+    eval_metric: str = "f1_samples@tuned"
     """the best weights are those with the highest value of this (or the lowest `loss`)"""
     threshold: float = 0.5
     """a class is predicted above this probability (the tuned threshold is reported as well)"""

@@ -64,7 +64,7 @@ def impossible(c: Any) -> Iterator[str]:
             yield f"{flag(name)} must not be negative, not {getattr(c, name)}"
     for names, allowed, text in _RANGES:
         for name in names:
-            if (value := getattr(c, name)) is not None and not allowed(value):
+            if (value := getattr(c, name)) not in (None, "auto") and not allowed(value):
                 yield f"{flag(name)} must be {text}, not {value}"
     for group, weight in c.group_weight.items():
         if weight < 0:
@@ -101,8 +101,8 @@ def impossible(c: Any) -> Iterator[str]:
     yield from _impossible_captions(c)
     if c.init_head and (c.head != "linear" or c.text_model):
         yield "--init-head starts the classifier of an image model with --head linear, and no other"
-    if c.lr == "auto" and (c.features or (c.text_model and c.fusion == "none")):
-        yield "--lr auto goes by the image's backbone, and here is none; give a number"
+    if c.lr == "auto" and c.resume_weights_only:
+        yield "--resume-weights-only trains on what a run has learned; give the --lr for that"
 
 
 def _impossible_features(c: Any) -> Iterator[str]:

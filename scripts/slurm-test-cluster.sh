@@ -41,9 +41,11 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
 ReturnToService=2
-# Signals and kills come soon after each other, and jobs start at once: a test waits for them. A host that is slow or
+# Signals and kills come soon after each other, jobs start at once, and one that ended is remembered for a day (not for
+# 300 s): a test waits for them and looks back. A host that is slow or
 # busy gets all the time it needs.
 KillWait=2
+MinJobAge=86400
 SchedulerParameters=batch_sched_delay=0,sched_interval=2
 MessageTimeout=60
 BatchStartTimeout=600

@@ -1,5 +1,7 @@
 """The rules behind `auto`: rates and averages that suit the network, the batch and the length of the run."""
 
+from dataclasses import replace
+
 import pytest
 from conftest import TINY, log_of
 
@@ -9,8 +11,8 @@ from mlc.stages import lay_out
 from shards.console import UserError
 
 
-def rate(model: str, batch: int, *, opt: str = "adamw", pretrained: bool = True) -> float:
-    return auto.learning_rate(model=model, opt=opt, global_batch=batch, pretrained=pretrained)[0]
+def rate(model: str, batch: int, **more) -> float:
+    return auto.rates(Config(model=model, **({"pretrained": True} | more)), batch)[0]["lr"]
 
 
 def test_the_rate_grows_with_the_root_of_the_batch_up_to_a_limit():
@@ -40,8 +42,39 @@ def test_each_stage_has_numbers_of_its_own():
     found, said = zip(*(auto.with_numbers(part, 16) for part in parts), strict=True)
     assert [part.config.lr for part in found] == [2e-2, 0.5] and config.lr == "auto"
     assert said[0] == ["learning rate auto: 0.02 (sgd, batch norm, new weights, 16 samples a step)"] and said[1] == []
-    with pytest.raises(UserError, match="--lr auto goes by the image's backbone"):
-        Config(lr="auto", features=["f.arrow"], experiment="x")
+
+
+def test_early_layers_learn_slower_and_a_new_classifier_faster():
+    config = Config(model="resnet18", pretrained=True, epochs=2)
+    assert auto.rates(config, 16)[0] == {"lr": 2e-3, "layer_decay": 0.8, "head_lr_mult": 3}
+    assert auto.rates(replace(config, init_head="runs/head"), 16)[0]["head_lr_mult"] == 1
+    assert auto.rates(replace(config, pretrained=False), 16)[0] == {"lr": 2e-3}
+
+    def numbers(**given):
+        (stage,) = lay_out(replace(config, **given), epoch_samples=160, global_batch=16)
+        found = auto.with_numbers(stage, 16)[0].config
+        return found.lr, found.layer_decay, found.head_lr_mult
+
+    assert numbers() == (2e-3, 0.8, 3)
+    assert numbers(layer_decay=0.5, head_lr_mult=7.0) == (2e-3, 0.5, 7)
+    assert numbers(lr=1e-3) == (1e-3, 1, 1)  # one rate for all, unless others are asked for
+    assert numbers(lr=1e-3, layer_decay=0.9) == (1e-3, 0.9, 1)
+
+
+def test_without_a_backbone():
+    head = Config(features=["f.arrow"], experiment="head")
+    assert auto.rates(head, 64)[0] == {"lr": 1.4e-3}
+    bert = Config(text_model="bert-base-uncased")
+    assert auto.rates(bert, 16)[0] == {"lr": 5e-5} and auto.rates(replace(bert, text_model="bigru"), 16)[0] == {
+        "lr": 1e-3
+    }
+    both, text = auto.rates(replace(bert, model="resnet18", pretrained=True, fusion="concat"), 16)
+    assert both == {"lr": 2e-3, "text_lr_mult": 0.025} and "of the captions 5e-05" in text
+
+
+def test_trained_weights_ask_for_a_number():
+    with pytest.raises(UserError, match="--resume-weights-only trains on what a run has learned; give the --lr"):
+        Config(resume="runs/a", resume_weights_only=True)
 
 
 def test_a_run_says_what_it_took(shards, tmp_path, capsys):

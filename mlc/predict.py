@@ -292,7 +292,9 @@ def _rule(options) -> dict:
     rules = [thresholds.load(weights_folder(run, options.weights) / "thresholds.json") for run in options.run]
     if len(rules) == 1:
         return rules[0]
-    if any(rule.get("rule", "global") != "global" for rule in rules):
+    if all(rule.get("rule") == "expected" and rule["beta"] == rules[0]["beta"] for rule in rules):
+        return rules[0]  # which has no number of its own
+    if any(rule.get("rule", "global") not in ("global", "expected") for rule in rules):
         raise UserError("give --threshold: rules with more than one number have no mean")
     return {"metric": None, "global": float(np.mean([rule["global"] for rule in rules])), "value": None}
 

@@ -6,7 +6,6 @@ therefore restores weights, optimizer state and that integer, and goes on as if 
 """
 
 import gc
-import math
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from enum import Enum
@@ -46,7 +45,7 @@ from mlc.profiling import Profiler
 from mlc.report.samples import sample_table
 from mlc.runlog import Meter, RunLog, SampleLog, evaluation_line, memory_gb, training_line
 from mlc.setup import model_of, optimizer_of
-from mlc.validation import Standing, evaluate, goodness, notes, refuse_unknown_metric
+from mlc.validation import Evaluation, Standing, decision_rule, evaluate, goodness, notes, refuse_unknown_metric
 from shards.console import shown
 
 
@@ -290,32 +289,33 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
         first = progress["best"] is None
         if goodness(metrics[best_now], config.eval_metric) > goodness(progress["best"], config.eval_metric):
             progress.update(best=metrics[best_now], best_step=step, stale=0)
-            keep("best", weights[best_now], metrics[best_now])
+            rule = keep("best", weights[best_now], results[best_now])
             if standing:
-                standing.keep(results[best_now])
+                standing.keep(results[best_now], rule)
         else:
             progress["stale"] += 1
         if first and samples_seen < clock.total:
             say_standing()
         last = "val_ema" if ema else "val"
-        keep("last", weights[last], metrics[last])
+        keep("last", weights[last], results[last])
 
     def say_standing() -> None:
         for text in standing.lines(progress["best"]) if standing else ():
             log.say(text)
 
-    def keep(which: str, weights: torch.nn.Module, found: dict[str, float] | None) -> None:
+    def keep(which: str, weights: torch.nn.Module, found: Evaluation | None) -> dict[str, Any]:
+        """The rule by which these weights predict labels, on the first process."""
         state = strategy.full_state(weights)
         if not accelerator.is_main_process:
-            return
-        threshold, value = (found["threshold"], found["f1_samples@tuned"]) if found else (config.threshold, math.nan)
-        how = {"metric": "f1_samples", "threshold": threshold, "value": value}
+            return {}
+        rule = decision_rule(found, validation and validation[0].index, config, dataset)
         saved_best = saved["best_step"] if which == "best" else None
         with kept_weights.written_whole(folder, which, keep_step=saved_best) as building:
             export(weights, building, state=state, **described())
             if reading:
                 reading.tokenizer.save(building / "text")
-            thresholds.save(building / "thresholds.json", **how, zero_division=config.zero_division)
+            thresholds.write(building / "thresholds.json", rule)
+        return rule
 
     def described() -> dict[str, Any]:
         return {
@@ -502,6 +502,8 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
         if best:
             log.say(f"best {config.eval_metric} {shown(best[config.eval_metric])} at step {progress['best_step']}")
             say_standing()
+            if accelerator.is_main_process:
+                log.say(thresholds.compared(thresholds.load(folder / "best" / "thresholds.json")))
         if config.dry_run:
             for text in rehearsal.report(accelerator, folder, root, plan.global_batch):
                 log.say(text)

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,8 @@ from mlc.data.reader import TarReader
 from mlc.data.sources import Sources
 from mlc.data.transforms import EvalTransform
 from mlc.inference import logits_of_rows, non_finite, probabilities
-from mlc.metrics import constant, multilabel
+from mlc.metrics import constant, decision_rules, multilabel, thresholds
+from mlc.metrics.threshold_search import Metric
 from mlc.optim.losses import Loss
 from mlc.parallel import agree
 from shards.console import UserError, did_you_mean, say, shown
@@ -103,6 +105,18 @@ def _measured(
     return {"loss": loss, **dict(named)}
 
 
+def decision_rule(
+    evaluation: Evaluation | None, index: Index | None, config: Config, dataset: Dataset
+) -> dict[str, Any]:
+    """The `thresholds.json` of weights with this evaluation on rows of `index`, on the first process; --threshold
+    where there is none, or its scores are no numbers."""
+    if evaluation is None or not np.isfinite(evaluation.scores).all():
+        metric = Metric.of("f1_samples", config.zero_division)
+        return metric.described | {"global": config.threshold, "value": math.nan}
+    target = index.targets(evaluation.rows) > 0.5
+    return decision_rules.chosen(evaluation.scores, target, dataset.classes, config.zero_division)
+
+
 # ---- what needs no model ---------------------------------------------------------------------------------------------
 
 
@@ -112,7 +126,7 @@ class Standing:
 
     `labels`, `f1`: always the so many commonest labels of training, the number that is best on the validation samples,
     and their sample-F1; `chance`: mAP of scores that say nothing; `never_bare`: every training sample has a label;
-    `bare`: (samples that get no label at the tuned threshold, of how many) of the best weights, once they were seen.
+    `bare`: (samples that get no label by the run's `rule`, of how many) of the best weights, once they were seen.
     """
 
     labels: int
@@ -120,6 +134,7 @@ class Standing:
     chance: float
     never_bare: bool
     bare: tuple[int, int] | None = None
+    rule: str = ""
 
     @classmethod
     def of(cls, config: Config, sources: Sources, index: Index, rows: np.ndarray) -> "Standing":
@@ -132,10 +147,10 @@ class Standing:
         ]
         return cls(*found, constant.chance_map(columns, len(rows)), all(each.all() for each in counted))
 
-    def keep(self, evaluation: Evaluation) -> None:
-        """That of the best weights so far."""
-        highest = evaluation.scores.max(1, initial=0)
-        self.bare = int((highest <= evaluation.metrics["threshold"]).sum()), len(highest)
+    def keep(self, evaluation: Evaluation, rule: Mapping[str, Any]) -> None:
+        """That of the best weights so far; `rule`: their thresholds.json."""
+        predicted = thresholds.apply(evaluation.scores, rule)
+        self.bare, self.rule = (int((~predicted.any(1)).sum()), len(predicted)), thresholds.describe(rule)
 
     def lines(self, best: Mapping[str, float | None]) -> list[str]:
         """One about the best metrics, and warnings."""
@@ -151,8 +166,7 @@ class Standing:
                 "shorter --warmup, more --epochs or --pretrained"
             )
         if self.bare and self.never_bare:
-            rule = f"the threshold {shown(best['threshold'], '.2f')}"
-            said += multilabel.left_empty(*self.bare, rule, "training sample")
+            said += multilabel.left_empty(*self.bare, f"the {self.rule}", "training sample")
         return said
 
 

@@ -88,16 +88,16 @@ def test_a_run_is_told_how_it_stands_to_what_needs_no_model():
         "without a model: F1 samples 0.6000 of always the 3 commonest labels, mAP 0.4444 by chance; with it: 0.7000 "
         "tuned, 0.5000"
     ]
-    standing.keep(Evaluation(good, np.arange(3), scores))
+    standing.keep(Evaluation(good, np.arange(3), scores), {"global": 0.4})
     assert standing.lines(good)[1:] == [
-        "warning: the threshold 0.40 leaves 1 of 3 samples without a label, and in truth every training sample has "
+        "warning: the threshold 0.4000 leaves 1 of 3 samples without a label, and in truth every training sample has "
         "one; `mlc tune --rule expected` chooses the labels of each sample by itself"
     ]
     (warning,) = standing.lines(good | {"map": 0.4, "threshold": 0.4})[1:2]
     assert warning.startswith("warning: mAP not above what needs no model; if it stays so, try another --lr")
     rows[0].rows = None  # now some training samples are bare too
     standing = Standing.of(Config(data=["x"]), sources, val, np.arange(3))
-    standing.keep(Evaluation(good, np.arange(3), scores))
+    standing.keep(Evaluation(good, np.arange(3), scores), {"global": 0.4})
     assert len(standing.lines(good)) == 1 and len(standing.lines(good | {"map": None})) == 1  # null in a file
 
 

@@ -10,10 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlc.metrics import top_k
+from mlc.metrics.multilabel import value_of
 from mlc.metrics.threshold_search import Metric, best_thresholds, between
 from mlc.metrics.thresholds import RULES, apply, of_maximum
 
 REST = "other classes"  # the group of the classes that have none
+TRAINED = ("global", "expected")  # those that a training compares: fast to fit, the simplest first
+FOLDS, MOST = 5, 20_000  # of their comparison; images that it looks at
 # How each rule's parameters are found. Of the ascents no step can be bettered, of the exact ones nothing at all.
 EXACT, ASCENT, NONE = "exact", "ascent", "no fit"
 
@@ -80,6 +83,28 @@ def cross_fitted(
         if advance:
             advance()
     return predicted
+
+
+def chosen(
+    scores: NDArray, target: NDArray, classes: Sequence[str], zero_division: float = 0.0, metric: str = "f1_samples"
+) -> dict[str, Any]:
+    """The `thresholds.json` of the rule of TRAINED that is best on images that it was not fitted to, cross-fitted; one
+    threshold where there is nothing to fit to. scores floating [N, C], target bool [N, C].
+
+    `value` is that of all images, `honest` the cross-fitted one and `compared` {rule: cross-fitted value}.
+    """
+    setup = Setup(Metric.of(metric, zero_division), classes, {})
+    some = np.sort(np.random.default_rng(0).permutation(len(scores))[:MOST])
+    rules, honest = TRAINED, {}
+    if len(some) < FOLDS or not target[some].any():
+        rules = TRAINED[:1]
+    else:
+        held_out = cross_fitted(rules, scores[some], target[some], setup, FOLDS)
+        honest = {rule: value_of(setup.metric, predicted, target[some]) for rule, predicted in held_out.items()}
+    best = max(rules, key=lambda rule: honest.get(rule, 0.0))
+    content = fit([best], scores, target, setup)[best]
+    content["value"] = value_of(setup.metric, apply(scores, content, classes), target)
+    return content | ({"honest": honest[best], "compared": honest} if honest else {})
 
 
 def folds_of(images: int, folds: int, seed: int) -> NDArray[np.int64]:

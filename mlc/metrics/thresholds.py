@@ -110,6 +110,14 @@ def describe(rule: Mapping[str, Any]) -> str:
     return f"threshold {rule['global']:.4f}"
 
 
+def compared(rule: Mapping[str, Any]) -> str:
+    """A line about the rule that a training chose, and what it was chosen from."""
+    known = rule.get("compared", {})
+    others = [f"{name} {value:.4f}" for name, value in known.items() if name != rule.get("rule", "global")]
+    worth = f", F1 samples {rule['honest']:.4f} on images left out ({', '.join(others)})" if known else ""
+    return f"labels by: {describe(rule)}{worth}; `mlc tune` tries more rules"
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import confusion_matrix, fbeta_score
 
-from mlc.metrics.decision_rules import Setup, cross_fitted, fit, folds_of, matching, with_rest
+from mlc.metrics import decision_rules
+from mlc.metrics.decision_rules import Setup, chosen, cross_fitted, fit, folds_of, matching, with_rest
 from mlc.metrics.multilabel import fbeta
 from mlc.metrics.threshold_search import Metric
 from mlc.metrics.thresholds import RULES, apply, of_maximum
@@ -163,3 +164,36 @@ def test_what_is_exact_is_said():
 def test_training_folds_without_labels_do_not_stop_it():
     scores, target = made(0)
     fit(RULES, scores, np.zeros_like(target), setup())
+
+
+def test_a_training_takes_the_rule_that_is_best_on_images_left_out():
+    """Where every image has labels but the network is unsure of some, one threshold leaves those empty."""
+    rng = np.random.default_rng(3)
+    target = rng.random((600, 6)) < 0.25
+    target[np.arange(600), rng.integers(6, size=600)] = True
+    sure = np.where(target, 0.9, 0.1) + rng.normal(0, 0.05, target.shape)
+    dim = np.where(np.arange(600)[:, None] % 2 == 0, 1.0, 0.1)
+    names = [f"c{column}" for column in range(6)]
+    found = chosen((sure * dim).clip(0, 1), target, names)
+    assert found["rule"] == "expected" and found["honest"] == found["compared"]["expected"]
+    assert found["compared"]["expected"] > found["compared"]["global"] + 0.02
+    held_out = cross_fitted(["global"], (sure * dim).clip(0, 1), target, setup(), 5)["global"]
+    assert found["compared"]["global"] == pytest.approx(fbeta_score(target, held_out, beta=1, average="samples"))
+    overconfident = np.where(target, 0.999, 0.4) - rng.random(target.shape) * 0.1  # one threshold is all that is needed
+    assert chosen(overconfident, target, names)["rule"] == "global"
+
+
+def test_a_training_without_labels_to_choose_by_keeps_one_threshold():
+    scores = np.full((8, 2), 0.3)
+    for target in (np.zeros((8, 2), bool), np.ones((8, 2), bool)):
+        found = chosen(scores[: 8 if target.any() else 3], target[: 8 if target.any() else 3], ["a", "b"])
+        assert found["rule"] == "global"
+    assert "honest" not in chosen(scores, np.zeros((8, 2), bool), ["a", "b"])
+
+
+def test_many_images_are_judged_by_some_of_them(monkeypatch):
+    scores, target = made(1, rows=300)
+    whole = chosen(scores, target, list("abcdef"))
+    monkeypatch.setattr(decision_rules, "MOST", 100)
+    some = chosen(scores, target, list("abcdef"))
+    assert some["compared"] != whole["compared"] and some["global"] == whole["global"]

@@ -41,7 +41,9 @@ MOST_DECAY = 0.9998
 def with_numbers(stage: Stage, global_batch: int) -> tuple[Stage, list[str]]:
     """(the stage with numbers for what is `auto`, a line for each that counts)."""
     config, said = stage.config, []
-    found = {"layer_decay": 1.0, "head_lr_mult": 1.0} | ({"text_lr_mult": 1.0} if config.text_model else {})
+    found = {"head_lr_mult": 1.0}
+    found |= {} if config.features else {"layer_decay": 1.0}  # settings of what is not there stay as they are
+    found |= {"text_lr_mult": 1.0} if config.text_model else {}
     if config.lr == "auto":
         numbers, text = rates(config, global_batch)
         found |= numbers

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shards import owner
+from shards.console import UserError, say
+from shards.files import disk_errors
 from shards.owner import RUN_LOCK
 from shards.workers import default_workers
 
@@ -157,6 +159,56 @@ def _environment(at_once: int, gpus: Sequence[str], slot: int) -> dict[str, str]
     """The cores divided, a GPU each; MLC_KEEP_STOP since we have taken old STOP files away."""
     own = {"OMP_NUM_THREADS": str(max(1, default_workers() // at_once))} | os.environ | {"MLC_KEEP_STOP": "1"}
     return own | ({"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if len(gpus) > 1 and at_once > 1 else {})
+
+
+def on_gpus(command: Sequence[str], count: int) -> list[str]:
+    """`mlc VERB ...` by `accelerate launch`, one process for each GPU of this machine."""
+    start = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(count)]
+    return [*start, "--mixed_precision", "bf16", "--main_process_port", "0", "-m", *command]
+
+
+def run_in_sight(command: Sequence[str], *, log: Path, run: Path | None = None) -> None:
+    """A module of Python with its arguments, or flags of Python, printed as it prints and into `log`. run: the folder
+    of a training, which saves and ends where this program is stopped.
+
+    Raises:
+        UserError: it failed, or the training did not come to its end.
+    """
+    module = list(command) if command[0].startswith("-") else ["-m", *command]
+    environment = os.environ | ({"MLC_KEEP_STOP": "1"} if run else {})
+    ended = run is None
+    if run:
+        (run / "STOP").unlink(missing_ok=True)
+    with _stopped_by_signals(), disk_errors(log), log.open("a", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            [sys.executable, *module],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=environment,
+            start_new_session=True,
+        )
+        line = ""
+        try:
+            for line in process.stdout:
+                print(f"  {line}", end="", flush=True)
+                file.write(line)
+                ended = ended or any(words in line for words in FINISHED)
+            code = process.wait()
+        except KeyboardInterrupt:
+            if run and run.is_dir():
+                (run / "STOP").touch()
+            else:
+                process.terminate()
+            say("it is stopped; the same command goes on from here")
+            process.communicate()
+            raise
+    if code:
+        raise UserError(f"`mlc {' '.join(command[1:2])}` failed ({code}): {line.strip() or 'it printed nothing'}")
+    if not ended:
+        raise UserError(f"{run} was stopped before its end; the same command goes on with it")
 
 
 @contextmanager

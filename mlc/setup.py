@@ -86,7 +86,7 @@ def optimizer_of(model: torch.nn.Module, *, config: Config, only_elementwise: bo
     groups = param_groups(
         model,
         config.weight_decay,
-        layer_decay=None if config.layer_decay == 1 else config.layer_decay,
+        layer_decay=None if config.layer_decay in (1, "auto") else config.layer_decay,
         lr_mult=factors,
         wd_mult=config.wd_mult,
         scales=_text_scales(model, config) if config.text_model else None,

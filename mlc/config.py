@@ -297,7 +297,7 @@ class Config:
     """crop in evaluation and prediction: `squish`, `center`, `pad`, or `if-needed:2` with the middle window"""
     crop_pct: float = 1.0
     """`--val-crop center`: side of the crop as a share of the short side"""
-    scale: tuple[float, float] = (0.08, 1.0)
+    scale: tuple[float, float] = (0.7, 1.0)
     """`rrc`: smallest and largest area of the crop, as shares of the image"""
     ratio: tuple[float, float] = (0.75, 1.3333333333333333)
     """`rrc`: smallest and largest aspect of the crop"""

@@ -123,10 +123,11 @@ def main(argv: list[str] | None = None) -> int:
             commands.append(["ensemble", *files["test"], "--weights", weights, "--out", str(together / "test.csv")])
         book.stage("ensemble: predict", commands)
         judged("ensemble")
-        best = max(found[:-1], key=lambda one: one.value).name
-        evaluated = [["eval", "--run", str(out / name), *(frozen if name == "head" else common)] for name in [best]]
-        book.stage("report", [*evaluated, ["report", str(out / best), "--out", str(out / "report.html")]])
 
+    # ---- What it came to
+    shown = max((one for one in found if one.name != "ensemble"), key=lambda one: one.value).name
+    scored = ["eval", "--run", str(out / shown), *(frozen if shown == "head" else common)]
+    book.stage("report", [scored, ["report", str(out / shown), "--out", str(out / "report.html")]])
     _print(found, book)
     chosen = max(found, key=lambda one: one.value)
     handed = f"; {out / 'submission.csv'} has its labels of the test split" if "test" in splits else ""

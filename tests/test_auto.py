@@ -41,7 +41,9 @@ def test_each_stage_has_numbers_of_its_own():
     parts = lay_out(config, epoch_samples=160, global_batch=16)
     found, said = zip(*(auto.with_numbers(part, 16) for part in parts), strict=True)
     assert [part.config.lr for part in found] == [2e-2, 0.5] and config.lr == "auto"
-    assert said[0] == ["learning rate auto: 0.02 (sgd, batch norm, new weights, 16 samples a step)"] and said[1] == []
+    average = "decay of the average auto: 0.5"
+    rate = "learning rate auto: 0.02 (sgd, batch norm, new weights, 16 samples a step)"
+    assert said == ([rate, average], [average])
 
 
 def test_early_layers_learn_slower_and_a_new_classifier_faster():

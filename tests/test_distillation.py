@@ -29,9 +29,12 @@ from shards.dataset import load_dataset
 AS_PREDICTED = ["--crop", "squish", "--hflip", "0"]  # what `mlc predict` does to an image
 
 
+PLAIN = ["--head-bias", "zero", "--warmup", "0ep", "--clip-grad", "none", "--scale", "0.08", "1"]
+
+
 def argv(shards: Path, folder: Path, *more: str) -> list[str]:
     short = ["--data", str(shards), "--output", str(folder), "--experiment", "run", "-b", "8", "-j", "0"]
-    return [*TINY, *short, "--max-steps", "3", "--log-interval", "1", "--eval-every", "3st", "--lr", "1e-3", *more]
+    return [*TINY, *short, "--max-steps", "3", "--log-interval", "1", "--eval-every", "3st", "--lr", "1e-3", *PLAIN, *more]
 
 
 def losses(folder: Path) -> list[float]:

@@ -43,7 +43,7 @@ def test_ls(run, capsys):
     assert len(rows) == 4 and "incomplete" in rows[".step-00000004.tmp"]["state"]
     assert rows["step-00000001"]["state"] == "damaged: __0_0.distcp is missing"
     second, third = rows["step-00000002"], rows["step-00000003"]
-    values = [line["val_ema/f1_samples"] for line in log_of(run) if "val_ema/f1_samples" in line]
+    values = [line["val_ema/f1_samples@tuned"] for line in log_of(run) if "val_ema/loss" in line]
     assert f"val_ema {values[0]:.4f}" in second["evaluation"] and f"val_ema {values[1]:.4f}" in third["evaluation"]
     assert third["epoch"] == log_of(run)[-1]["epoch"] and third["bytes"] > 100_000 and third["written"][:2] == "20"
     assert run_verb(main, ["ls", str(run)]) == 0

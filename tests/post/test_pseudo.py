@@ -202,7 +202,7 @@ def test_rounds_go_on_where_they_were_stopped(shards, tmp_path, monkeypatch, cap
     argv += ["--max-steps", "2", "--eval-every", "2st"]
     assert run_verb(selftrain.main, argv) == 0
     said = capfd.readouterr()
-    assert "round-0: pseudo-labels for" in said.err and "best f1_samples of each round" in said.out
+    assert "round-0: pseudo-labels for" in said.err and "best f1_samples@tuned of each round" in said.out
     overlay = opened(out / "round-0" / "pseudo.arrow", shards)
     rule = thresholds.load(out / "round-0" / "best" / "thresholds.json")
     assert rule["global"] > 0 and len(overlay) == round(0.5 * len(open_index(load_dataset(shards), "test")))

@@ -77,6 +77,8 @@ def main(argv: list[str] | None = None) -> int:
         say(text)
     if out:
         _write(out, content, scores, truth, setup, found, chosen)
+        if options.run and not (options.predictions or options.out):
+            _note_in_run(options, thresholds.apply(scores, content, truth.classes), truth)
     else:
         say("nothing written: --out FILE or --run RUN takes the chosen rule")
     return 0
@@ -139,6 +141,17 @@ def _write(
     threshold_curves.plot(out.with_suffix(".png"), found_curves, found, chosen)
     thresholds.write(out, content)
     say(f"{out}: {chosen}, {thresholds.describe(content)}; {out.with_suffix('.png').name} beside it")
+
+
+def _note_in_run(options: Namespace, predicted: NDArray[np.bool_], truth: Truth) -> None:
+    """`mlc compare` shows what `mlc eval` left in the run, which is that of the rule before."""
+    file = Path(options.run) / "predictions" / f"{options.split}.json"
+    if options.weights == "best" and options.data and not options.where and options.fold is None and file.is_file():
+        results = json.loads(file.read_text(encoding="utf-8"))
+        zero = results.get("zero_division", 0)
+        results["f1_samples@run"] = multilabel.f1_samples(predicted, truth.target, zero_division=zero)
+        with whole(file) as building:
+            building.write_text(to_json(results, indent=1) + "\n")
 
 
 def _print_table(

@@ -34,7 +34,20 @@ PLAIN = ["--head-bias", "zero", "--warmup", "0ep", "--clip-grad", "none", "--sca
 
 def argv(shards: Path, folder: Path, *more: str) -> list[str]:
     short = ["--data", str(shards), "--output", str(folder), "--experiment", "run", "-b", "8", "-j", "0"]
-    return [*TINY, *short, "--max-steps", "3", "--log-interval", "1", "--eval-every", "3st", "--lr", "1e-3", *PLAIN, *more]
+    return [
+        *TINY,
+        *short,
+        "--max-steps",
+        "3",
+        "--log-interval",
+        "1",
+        "--eval-every",
+        "3st",
+        "--lr",
+        "1e-3",
+        *PLAIN,
+        *more,
+    ]
 
 
 def losses(folder: Path) -> list[float]:

@@ -105,12 +105,15 @@ def test_a_packed_data_set_and_a_run(shards, tmp_path, capsys):
     (run / "best").mkdir(parents=True)
     (run / "best" / "config.json").write_text(json.dumps({"label_names": list(dataset.classes)}))
     write_probabilities(run / "predictions" / "val.csv", ids, dataset.classes, scores)
+    (run / "predictions" / "val.json").write_text('{"map": 0.5, "f1_samples@run": 0.1}')  # as `mlc eval` left it
     found = tuned(capsys, "--run", run, "--data", shards, "--split", "val")
     assert set(found["rules"]) == set(thresholds.RULES)
     stored = thresholds.load(run / "best" / "thresholds.json")
     assert stored == found["thresholds"] and (run / "best" / "thresholds.png").exists()
     own = thresholds.apply(scores, stored, dataset.classes)
     assert fbeta(own, target > 0.5, average="samples") == pytest.approx(stored["value"])
+    noted = json.loads((run / "predictions" / "val.json").read_text())
+    assert noted == {"map": 0.5, "f1_samples@run": pytest.approx(stored["value"])}  # what `mlc compare` shows
     (run / "best" / "config.json").write_text(json.dumps({"label_names": ["other"]}))
     assert main(["tune", "--run", str(run), "--data", str(shards)]) == 2
     assert "other classes" in capsys.readouterr().err

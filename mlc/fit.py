@@ -5,6 +5,7 @@ two together beat both. Every stage is printed as the command that does it alone
 sample-F1 on validation images, of the best rule of `mlc tune`, cross-fitted. The one that is best hands in.
 """
 
+import gc
 import importlib
 import json
 import math
@@ -18,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from timm.models import get_pretrained_cfg
 
 from mlc import jobs
 from mlc.cli import VERBS
@@ -28,6 +31,7 @@ from mlc.data.truth import Truth, probabilities_of, truth_of_split
 from mlc.metrics import thresholds
 from mlc.metrics.decision_rules import FOLDS, Setup, cross_fitted, with_rest
 from mlc.metrics.threshold_search import Metric
+from mlc.models.build import resolve_name
 from mlc.runlog import read_log
 from mlc.sweep import visible_gpus
 from shards.console import Parser, UserError, finite, say
@@ -83,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     features = str(out / "features.arrow")
     reading = ["--text-model", options.text_model] if options.text_model else []
     wanted = ",".join(("train", *splits))
-    common = ["--data", str(data), "-j", str(options.workers)]
+    common = ["--data", str(data), "-j", str(options.workers), *_precision()]
     made = ["features", *common, *_backbone(options), *reading, "--split", wanted, "--out", features]
     book.stage("head: features", [made])
     frozen = ["--data", str(data), "--features", features]
@@ -94,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     judged("head")
 
     # ---- Fine-tuning
-    recipe = ["train", "-c", "finetune", *common, *_backbone(options), *_precision(), *how]
+    recipe = ["train", "-c", "finetune", *common, *_backbone(options), *how]
     recipe += [*reading, "--fusion", "concat"] if reading else []
     recipe += ["-b", str(options.batch_size)]
     runs = PRESETS[options.preset]
@@ -158,7 +162,8 @@ def _pack(options: Namespace, data: Path) -> list[str]:
 def _backbone(options: Namespace) -> list[str]:
     name = options.model or MODEL["cuda" if visible_gpus() else "cpu"]
     weights = ["--pretrained-path", options.pretrained_path] if options.pretrained_path else ["--pretrained"]
-    return ["--model", name, *weights, *(["--img-size", str(options.img_size)] if options.img_size else [])]
+    size = options.img_size or get_pretrained_cfg(resolve_name(name)[0]).input_size[-1]
+    return ["--model", name, *weights, "--img-size", str(size)]
 
 
 def _precision() -> list[str]:
@@ -274,6 +279,8 @@ class Book:
         gpus = visible_gpus()
         several = len(gpus) > 1 and command[0] in ON_GPUS
         if trains or several:
+            gc.collect()
+            torch.cuda.empty_cache()  # what a verb before needed here
             launched = jobs.on_gpus(["mlc", *command], len(gpus)) if several else ["mlc", *command]
             jobs.run_in_sight(launched, log=self._out / "fit.log", run=trains)
         elif code := importlib.import_module(VERBS[command[0]][0]).main(command[1:]):

@@ -121,7 +121,7 @@ def test_the_workers_of_a_killed_pack_end_and_the_next_takes_over(tmp_path, envi
     assert tree(out) == tree(tmp_path / "reference")
 
 
-def wait_until(happened, seconds: float = 20) -> None:
+def wait_until(happened, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < end

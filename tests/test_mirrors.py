@@ -43,7 +43,7 @@ def records(file: Path):
 
 def history(folder: Path, lines: int) -> list[dict]:
     """The logged lines; W&B's own process may still be writing them."""
-    until = time.monotonic() + 20
+    until = time.monotonic() + 300
     while len(found := _history(folder)) < lines and time.monotonic() < until:
         time.sleep(0.1)
     return found

@@ -236,7 +236,7 @@ def test_a_gradient_that_is_no_number_stops_before_it_does_harm(shards, tmp_path
     args = argv(shards, tmp_path, "--max-steps", "6", "--checkpoint-every", "1st", "--lr", "1e30", "--no-model-ema")
     assert run_verb(train.main, args) == 2
     assert "the weights were not changed" in capsys.readouterr().err
-    deadline = time.monotonic() + 30  # the checkpoint in flight is written to its end before a process goes
+    deadline = time.monotonic() + 300  # the checkpoint in flight is written to its end before a process goes
     while not (saved := storage.complete(tmp_path / "run" / "checkpoints")) or list(saved[0].parent.glob(".*")):
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -63,7 +63,7 @@ def test_in_workers(folders, method, kind):
     queue = context.Queue()
     worker = context.Process(target=_in_worker, args=(made, queue))
     worker.start()
-    assert queue.get(timeout=60) == expected
+    assert queue.get(timeout=600) == expected
     worker.join()
 
 
@@ -75,7 +75,7 @@ def test_no_warning_after_a_fork(folders):
         "pid and os.waitpid(pid, 0) and print(os.environ['TOKENIZERS_PARALLELISM'])"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "fork" not in done.stderr and "parallelism" not in done.stderr and done.stdout == "false\n"
 

@@ -216,6 +216,6 @@ def test_rounds_go_on_where_they_were_stopped(shards, tmp_path, monkeypatch, cap
     assert "round-0: trained already" in said and "pseudo-labels there already" in said
     assert [len((out / f"round-{n}" / "seconds").read_text().split()) for n in (0, 1)] == [1, 1]
     assert run_verb(selftrain.main, [*argv, "--lr", "0.3"]) == 2
-    assert "round-0 was trained with --lr 0.0001, and now it is 0.3" in capfd.readouterr().err
+    assert "round-0 was trained with --lr auto, and now it is 0.3" in capfd.readouterr().err
     assert run_verb(selftrain.main, [*argv, "--split", "val"]) == 2
     assert "--split val: that is trained or evaluated on" in capfd.readouterr().err

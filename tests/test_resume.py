@@ -52,7 +52,7 @@ def test_what_may_change_is_one_line():
     facts = {"global_batch": 64, "world_size": 1, "versions": {"torch": "2.15"}}
     (line,) = compared(lr=0.5, scale=(0.5, 1.0), mixup_off="3ep", facts=facts)
     assert line.startswith("changed since the checkpoint: ")
-    for change in ("lr 0.0001 -> 0.5", "scale 0.08 1.0 -> 0.5 1.0", "mixup-off '' -> 3ep", "global batch 32 -> 64"):
+    for change in ("lr auto -> 0.5", "scale 0.7 1.0 -> 0.5 1.0", "mixup-off '' -> 3ep", "global batch 32 -> 64"):
         assert change in line
     assert "world size 2 -> 1" in line and "2.15" in line and "\n" not in line
 
@@ -213,7 +213,7 @@ def test_a_damaged_newest_checkpoint_is_left_out_with_the_reason(run):
 
 
 def test_a_start_from_weights_is_made_once(run, tmp_path):
-    flags = {"resume_weights_only": True}
+    flags = {"resume_weights_only": True, "lr": 1e-4}
     new = tmp_path / "new"
     start = found(new, str(run), **flags)
     assert step(start) == 30 and start.weights_only

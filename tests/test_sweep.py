@@ -74,7 +74,7 @@ def test_one_variant_trains_the_other_fails_and_the_next_call_tries_that_alone(s
     assert sweep.main([*argv, "--only", "plain"]) == 0
     assert sweep.main([*argv, "--seeds", "1"]) == 1
     assert [processes_of(out / name) for name in ("plain-s1", "plain-s2", "broken-s1")] == [1, 1, 2]
-    with pytest.raises(sweep.UserError, match=r"plain-s1 was trained with lr 0.0001, and now it is 0.3; delete"):
+    with pytest.raises(sweep.UserError, match=r"plain-s1 was trained with lr auto, and now it is 0.3; delete"):
         sweep.main([*argv, "--lr", "0.3"])
 
 
@@ -303,7 +303,11 @@ MLP = {"head": "mlp", "head_kwargs": {"hidden": 8}}
     [
         ({"variants": {"plain": {}, "mixup": {"mixup": 0.4}}}, ["linear"], 0),
         ({"each": {"loss": ["focal"]}}, ["linear"], 0),
-        ({"each": {"lr": [1e-4, 1e-3], "batch_size": [4, 16], "smoothing": [0.1]}}, ["log", "linear", "linear"], 2),
+        (
+            {"base": TINY | {"lr": 1e-4}, "each": {"lr": [1e-4, 1e-3], "batch_size": [4, 16], "smoothing": [0.1]}},
+            ["log", "linear", "linear"],
+            2,
+        ),
         ({"base": MLP, "each": {"head_kwargs": [{"hidden": 8}, {"hidden": 16}]}}, ["linear"], 0),
     ],
 )

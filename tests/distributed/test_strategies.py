@@ -33,6 +33,7 @@ def train_args(shards: Path, folder: Path, steps: int, batch: int, *more: str) -
     """Two accumulated micro-batches of `batch`, and clipping that bites."""
     run_flags = ["--data", str(shards), "--output", str(folder), "--experiment", "run", "-j", "0", "-b", str(batch)]
     length = ["--global-batch-size", "16", "--max-steps", str(steps), "--sched", "constant", "--lr", "1e-3"]
+    length += ["--warmup", "0ep", "--head-bias", "zero"]  # a gradient that is cut from the first step on
     often = ["--log-interval", "1", "--eval-every", "4st", "--checkpoint-every", "1000st", "--resume", "auto"]
     model = [*TINY, "--drop-path", "0", "--model-ema-decay", "0.9", "--clip-grad", "0.1", "--mixup", "0.4"]
     return [*model, *run_flags, *length, *often, *more]

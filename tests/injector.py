@@ -318,11 +318,11 @@ def evaluation(strike, rank):
 def exporting(strike, rank):
     """New weights lie beside the thresholds of the old ones."""
 
-    def save(original, *args, **kwargs):
+    def write(original, *args, **kwargs):
         strike()
         original(*args, **kwargs)
 
-    _wrap(train.thresholds, "save", save)
+    _wrap(train.thresholds, "write", write)
 
 
 def predicting(strike, rank):

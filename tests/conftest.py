@@ -31,6 +31,9 @@ TINY = [
     "num_heads=[1,2]",
     "window_size=4",
 ]
+# For a test that computes a step by hand: nothing that follows the data, the network or the length of the run.
+PLAIN = ["--lr", "1e-4", "--head-bias", "zero", "--warmup", "0ep", "--clip-grad", "none", "--scale", "0.08", "1"]
+PLAIN += ["--model-ema-decay", "0.9998", "--eval-metric", "f1_samples"]
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, log_of
+from conftest import PLAIN, TINY, log_of
 from torch.nn.functional import cosine_similarity
 
 from mlc import predict, train
@@ -29,25 +29,10 @@ from shards.dataset import load_dataset
 AS_PREDICTED = ["--crop", "squish", "--hflip", "0"]  # what `mlc predict` does to an image
 
 
-PLAIN = ["--head-bias", "zero", "--warmup", "0ep", "--clip-grad", "none", "--scale", "0.08", "1"]
-
-
 def argv(shards: Path, folder: Path, *more: str) -> list[str]:
     short = ["--data", str(shards), "--output", str(folder), "--experiment", "run", "-b", "8", "-j", "0"]
-    return [
-        *TINY,
-        *short,
-        "--max-steps",
-        "3",
-        "--log-interval",
-        "1",
-        "--eval-every",
-        "3st",
-        "--lr",
-        "1e-3",
-        *PLAIN,
-        *more,
-    ]
+    long = ["--max-steps", "3", "--log-interval", "1", "--eval-every", "3st"]
+    return [*TINY, *PLAIN, *short, *long, "--lr", "1e-3", *more]
 
 
 def losses(folder: Path) -> list[float]:

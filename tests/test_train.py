@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, log_of
+from conftest import PLAIN, TINY, log_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlc import train
@@ -29,7 +29,7 @@ from shards.dataset import load_dataset
 
 def argv(shards: Path, folder: Path, *more: str) -> list[str]:
     short = ["--data", str(shards), "--output", str(folder), "--experiment", "run", "-b", "8", "-j", "0"]
-    return [*TINY, *short, "--max-steps", "3", "--log-interval", "1", "--eval-every", "3st", *more]
+    return [*TINY, *PLAIN, *short, "--max-steps", "3", "--log-interval", "1", "--eval-every", "3st", *more]
 
 
 def first_batch(config: Config):

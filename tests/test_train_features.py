@@ -10,7 +10,7 @@ import pytest
 import torch
 import worlds
 from caption_runs import hub_folder, same, table, weights
-from conftest import log_of
+from conftest import PLAIN, log_of
 from safetensors.torch import load_file, save_file
 
 from mlc import ckpt, evaluate, features, predict, soup, train
@@ -48,7 +48,7 @@ def made(shards, hub) -> Path:
 
 def argv(shards, folder, *more: str, name: str = "run") -> list[str]:
     short = ["--data", str(shards), "--output", str(folder), "--experiment", name, "-b", "8", "-j", "0"]
-    return [*short, "--max-steps", "4", "--log-interval", "1", "--eval-every", "4st", "--lr", "1e-2", *more]
+    return [*PLAIN, *short, "--max-steps", "4", "--log-interval", "1", "--eval-every", "4st", "--lr", "1e-2", *more]
 
 
 def losses(run: Path) -> list[float]:

@@ -364,6 +364,7 @@ def test_checkpoints_elsewhere_are_exported_and_averaged(shards, tmp_path):
 
 def test_the_encoder_learns_by_its_own_rate(shards, tmp_path, bert):
     more = ["--text-model", str(bert), "--text-lr-mult", "0.1", "--text-layer-decay", "0.5", "--lr-mult", "bias=3"]
+    more += ["--layer-decay", "1", "--head-lr-mult", "1"]
     config, _, model, *_ = first_batch(argv(shards, tmp_path, "concat", *more))
     groups = optimizer_of(model, config=config, only_elementwise=False).param_groups
     scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}

@@ -25,7 +25,9 @@ def argv(shards, folder, *more: str) -> list[str]:
 
 
 def laid_out(text: str, **settings) -> list[stages.Stage]:
-    return stages.lay_out(Config(stages=yaml.safe_load(text), **settings), epoch_samples=100, global_batch=10)
+    plain = {"lr": 1e-4, "warmup": "0ep", "model_ema_decay": 0.9998}
+    config = Config(stages=yaml.safe_load(text), **plain | settings)
+    return stages.lay_out(config, epoch_samples=100, global_batch=10)
 
 
 def test_stages_share_the_run():
@@ -41,7 +43,8 @@ def test_stages_share_the_run():
 def test_a_stage_begins_where_the_one_before_it_really_ended():
     """Steps of another size, or patience, end a stage where its duration does not say."""
     text = "[{for: 64ex}, {for: 64ex, sched: step, decay_every: 1st}, {for: 48ex}]"
-    parts = stages.lay_out(Config(stages=yaml.safe_load(text)), epoch_samples=100, global_batch=24, ended=[[4, 88]])
+    config = Config(stages=yaml.safe_load(text), lr=1e-4, warmup="0ep", model_ema_decay=0.9998)
+    parts = stages.lay_out(config, epoch_samples=100, global_batch=24, ended=[[4, 88]])
     assert [(part.begin, part.end, part.first_step) for part in parts] == [(0, 88, 0), (88, 160, 4), (160, 208, 7)]
     assert {part.total for part in parts} == {208}
     assert [stages.at(parts, seen, [[4, 88]]).number for seen in (88, 159, 160, 999)] == [1, 1, 2, 2]
@@ -271,4 +274,4 @@ def test_a_gradient_that_overflows_changes_nothing_without_a_fused_kernel_either
 def test_settings_reach_the_record(shards, tmp_path):
     assert train.main(argv(shards, tmp_path, "--stages", THREE, "--max-steps", "6")) == 0
     meta = json.loads(next((tmp_path / "run" / "checkpoints").glob("*6/meta.json")).read_text())
-    assert meta["stage"] == 2 and meta["config"]["lr"] == 1e-4 and len(meta["config"]["stages"]) == 3
+    assert meta["stage"] == 2 and meta["config"]["lr"] == "auto" and len(meta["config"]["stages"]) == 3

@@ -219,7 +219,9 @@ def test_a_fold_and_a_rehearsal_in_workers(demo_csv, hub, tmp_path, capsys):
     own, values = weights(tmp_path / "run" / "last"), FeatureFile(made).values("train")[0]
     np.testing.assert_allclose(own["mean"], values[fold != 1].mean(0), atol=1e-5)
     fold_1 = ["--split", "train", "--fold", "1", "-j", "1"]
-    evaluate.main(["--run", str(tmp_path / "run"), "--data", str(tmp_path / "shards"), "--features", str(made), *fold_1])
+    evaluate.main(
+        ["--run", str(tmp_path / "run"), "--data", str(tmp_path / "shards"), "--features", str(made), *fold_1]
+    )
     assert len(table(tmp_path / "run" / "predictions" / "train.csv")) == (fold == 1).sum()
 
 

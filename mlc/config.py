@@ -76,8 +76,9 @@ class Config:
     """arguments of the head, as k=v (docs/methods.md lists them)"""
     freeze: str = ""
     """what is not trained: `backbone`, or the parameters whose names a regular expression finds"""
-    head_bias: Literal["zero", "prior"] = "prior"
-    """first bias of the classifier; `prior`: logit of each class's frequency in the training split"""
+    head_bias: Literal["auto", "zero", "prior"] = "auto"
+    """first bias of the classifier; `prior`: logit of each class's frequency in the training split; `auto`: that,
+    where the classifier has a bias"""
     init_head: str = ""
     """start with the classifier of this run, a linear head on `mlc features` of the same backbone (docs/features.md)"""
     drop: float = 0.0

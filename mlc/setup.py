@@ -11,7 +11,7 @@ from mlc.data.sources import Sources
 from mlc.models.build import build_model
 from mlc.models.feature_head import FeatureHead
 from mlc.models.fusion import Fused
-from mlc.models.heads import classifier_prefixes, init_head_bias
+from mlc.models.heads import classifier_prefixes, init_head_bias, last_layers
 from mlc.models.init_head import init_head
 from mlc.models.text import layer_scales
 from mlc.optim.optimizers import make_optimizer
@@ -30,7 +30,8 @@ def model_of(config: Config, sources: Sources, reading: Reading | None = None, *
         model = None if text_only(config) else _image_model(config, sources, published)
     if reading:
         model = reading.model(model, config, num_classes=len(classes), published=published)
-    if config.head_bias == "prior":
+    biased = all(bias is not None for _, bias in last_layers(model))
+    if config.head_bias == "prior" or (config.head_bias == "auto" and biased):
         samples = sampler.epoch_samples
         init_head_bias(model, (sampler.expected_frequencies() * samples + 1) / (samples + 2))
     if published:

@@ -39,7 +39,7 @@ WORLDS = {  # which ways of dividing the weights each is tried in
 
 def argv(shards, folder, head: str, *more: str) -> list[str]:
     short = ["--data", str(shards), "--output", str(folder), "--experiment", "run", "-b", "8", "-j", "0"]
-    steps = ["--max-steps", "2", "--log-interval", "1", "--eval-every", "2st"]
+    steps = ["--max-steps", "2", "--log-interval", "1", "--eval-every", "2st", "--warmup", "0ep"]
     return [*TINY, *short, *steps, "--head", head, "--head-kwargs", *SMALL[head], *more]
 
 

@@ -97,7 +97,7 @@ def test_greedy_leaves_garbage_out_and_the_soup_predicts(trained, shards, tmp_pa
         torch.testing.assert_close(tensor, weights(trained / "best")[name], rtol=0, atol=1e-6)
     tuned = json.loads((tmp_path / "soup" / "thresholds.json").read_text())
     own = json.loads((trained / "best" / "thresholds.json").read_text())
-    assert tuned["value"] == pytest.approx(own["value"], abs=1e-3)
+    assert tuned["global"] == pytest.approx(own["global"], abs=1e-3)
     predict(["--run", str(tmp_path / "soup"), "--data", str(shards), "--split", "test", "-j", "0"])
     assert (tmp_path / "soup" / "predictions" / "test-submission.csv").exists()
     timm.create_model(f"local-dir:{tmp_path / 'soup'}", pretrained=True)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import TINY, log_of
+from conftest import PLAIN, TINY, log_of
 
 from mlc import predict, train
 from mlc.kept_weights import step_of
@@ -17,7 +17,7 @@ ALWAYS = ["-b", "8", "-j", "0", "--log-interval", "3", "--eval-every", "2st", "-
 
 
 def argv(shards, folder, *more: str) -> list[str]:
-    return [*TINY, *ALWAYS, "--data", str(shards), "--output", str(folder), "--experiment", "run", *more]
+    return [*TINY, *PLAIN, *ALWAYS, "--data", str(shards), "--output", str(folder), "--experiment", "run", *more]
 
 
 @pytest.fixture(scope="module")

@@ -99,7 +99,8 @@ def main(argv: list[str] | None = None) -> int:
 
     # ---- Fine-tuning
     recipe = ["train", "-c", "finetune", *common, *_backbone(options), *how]
-    recipe += [*reading, "--fusion", "concat"] if reading else []
+    if reading:  # whose encoder has a rate of its own; layers and classifier of the whole are no single chain
+        recipe += [*reading, "--fusion", "concat", "--layer-decay", "1", "--head-lr-mult", "1"]
     recipe += ["-b", str(options.batch_size)]
     runs = PRESETS[options.preset]
     epochs = book.decided("epochs", lambda: _epochs(options, book, recipe, out, dataset, runs)) if runs else 0.0

@@ -6,6 +6,7 @@ therefore restores weights, optimizer state and that integer, and goes on as if 
 """
 
 import gc
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from enum import Enum
@@ -286,7 +287,7 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
         log.write(step=step, samples_seen=samples_seen, epoch=clock.epoch(samples_seen), **values, samples=samples)
         for name, found in metrics.items():
             log.say(evaluation_line(step, name, found))
-        first = progress["best"] is None
+        first, rule = progress["best"] is None, None
         if goodness(metrics[best_now], config.eval_metric) > goodness(progress["best"], config.eval_metric):
             progress.update(best=metrics[best_now], best_step=step, stale=0)
             rule = keep("best", weights[best_now], results[best_now])
@@ -297,18 +298,20 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
         if first and samples_seen < clock.total:
             say_standing()
         last = "val_ema" if ema else "val"
-        keep("last", weights[last], results[last])
+        keep("last", weights[last], results[last], rule if last == best_now else None)
 
     def say_standing() -> None:
         for text in standing.lines(progress["best"]) if standing else ():
             log.say(text)
 
-    def keep(which: str, weights: torch.nn.Module, found: Evaluation | None) -> dict[str, Any]:
-        """The rule by which these weights predict labels, on the first process."""
+    def keep(
+        which: str, weights: torch.nn.Module, found: Evaluation | None, rule: Mapping[str, Any] | None = None
+    ) -> Mapping[str, Any]:
+        """The rule by which these weights predict labels, on the first process; found anew unless it is known."""
         state = strategy.full_state(weights)
         if not accelerator.is_main_process:
             return {}
-        rule = decision_rule(found, validation and validation[0].index, config, dataset)
+        rule = rule or decision_rule(found, validation and validation[0].index, config, dataset)
         saved_best = saved["best_step"] if which == "best" else None
         with kept_weights.written_whole(folder, which, keep_step=saved_best) as building:
             export(weights, building, state=state, **described())

@@ -12,7 +12,7 @@ from conftest import ROOT, environment
 from safetensors.torch import save_file
 
 from mlc import fit, jobs, submit, train
-from mlc.data.prediction_files import read_predictions
+from mlc.data.prediction_files import PREDICTION_ID, read_predictions
 from mlc.models.build import build_model
 from shards.console import UserError
 from shards.dataset import load_dataset
@@ -147,7 +147,10 @@ def test_labels_of_one_file_of_probabilities(shards, tmp_path):
     values = [[0.9 if column == row else 0.2 for column in range(len(classes))] for row in range(2)]
     file.write_text(
         "\n".join(
-            [",".join(["image_id", *classes]), *(f"{row}.jpg," + ",".join(map(str, values[row])) for row in range(2))]
+            [
+                ",".join([PREDICTION_ID, *classes]),
+                *(f"{row}.jpg," + ",".join(map(str, values[row])) for row in range(2)),
+            ]
         )
     )
     read_predictions(file, classes)

@@ -7,7 +7,8 @@ is an entry that the data set gives and the model, confidently, does not.
 import numpy as np
 from numpy.typing import NDArray
 
-METHODS = ("error", "class", "confident")
+METHODS = ("relative", "error", "class", "confident")
+SMALLEST = 1e-6  # a probability counts as no nearer to 0 or 1
 
 
 def errors(probabilities: NDArray, given: NDArray) -> NDArray[np.float32]:
@@ -49,9 +50,29 @@ def suspects(error: NDArray, given: NDArray) -> NDArray[np.bool_]:
     return (margins(error, given) >= 0) & (error > 0.5)
 
 
+def log_odds(probability: NDArray) -> NDArray[np.float64]:
+    p = np.clip(probability, SMALLEST, 1 - SMALLEST).astype(np.float64)
+    return np.log(p / (1 - p))
+
+
+def relative(probabilities: NDArray, given: NDArray) -> NDArray[np.float32]:
+    """[N, C]: the log odds that an entry is wrong, up to a constant, if labels are forgotten at one rate and wrong ones
+    given as often as their class is found at all.
+
+    A label that is not given: the log odds of its probability. One that is: how far these are below those of the mean
+    probability of the images that have it. Of a class that a model cannot tell this mean is the class's prior, so its
+    rare images, which are all improbable, are no suspects.
+    """
+    usual = 1 - mean_errors(errors(probabilities, given), given)[1]
+    odds = log_odds(probabilities)
+    return np.where(given, log_odds(np.nan_to_num(usual)) - odds, odds).astype(np.float32)
+
+
 def scores(probabilities: NDArray, given: NDArray, method: str) -> NDArray[np.float32]:
     """[N, C]: higher is more likely wrong; method is one of METHODS. `confident`: the suspects first (scores from 1 to
     2), then the others, each by their error."""
+    if method == "relative":
+        return relative(probabilities, given)
     error = errors(probabilities, given)
     if method == "error":
         return error

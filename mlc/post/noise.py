@@ -1,13 +1,17 @@
 """`mlc noise OOF`: which training labels are likely wrong, so that a person looks at them or a run leaves them out.
 
+Two lists, since they are two questions: labels to add (the image has it, and nobody said so) and labels to remove.
+
 Predictions must come from models that did not see the image (out of fold): a model has learnt the labels it was trained
 on by heart, wrong ones included.
 """
 
 import sys
 from argparse import ArgumentTypeError
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -15,14 +19,18 @@ from rich.table import Table
 from sklearn.metrics import average_precision_score, precision_recall_curve
 
 from mlc.data.prediction_files import aligned, places, submission_columns, write_csv
+from mlc.data.remote import open_reader
 from mlc.data.truth import ids_of, labelled_index, multi_hot, read_labels
 from mlc.post.label_errors import METHODS, errors, mean_errors, scores, suspects
+from mlc.report.plots import COLUMNS, ROWS, cut, sheet
 from shards.console import Parser, UserError, did_you_mean, few, say
 from shards.dataset import Dataset, Index, load_dataset
 from shards.files import disk_errors, whole
 from shards.json_text import to_json
 
 SHOWN = 12  # rows of the table of classes
+DRAWN = COLUMNS * ROWS
+SIDES = {"add": False, "remove": True}  # and whether their labels are given
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,7 +50,11 @@ def main(argv: list[str] | None = None) -> int:
     dropped = np.argsort(-worst, kind="stable")[: round(options.drop * len(worst))]
 
     folder = Path(options.out) if options.out else Path(options.predictions).parent / "noise"
-    _write_labels(folder / "labels.csv", index, dataset.classes, given, probabilities, score, found, options.most)
+    reader = open_reader(index)
+    for name, side in SIDES.items():
+        of = Entries.likeliest(np.where(given == side, score, -np.inf), options.most)
+        _write_list(folder / f"{name}.csv", index, dataset.classes, of, probabilities, found)
+        _draw_list(folder / f"{name}.png", reader, dataset.classes, of, probabilities)
     ids = index.batch.column("image_id")
     write_csv(
         folder / "drop.csv", ["ImageID", "score"], ((ids[int(row)].as_py(), f"{worst[row]:.6g}") for row in dropped)
@@ -56,12 +68,15 @@ def main(argv: list[str] | None = None) -> int:
     }
     if options.against:
         wrong = recorded(Path(options.against), index, dataset, given)
-        summary["against"] = _judge(folder, score[:, looked_at], wrong[:, looked_at], dropped)
+        summary["against"] = _judge(folder, *(part[:, looked_at] for part in (score, wrong, given)), dropped)
     if options.json:
         print(to_json(summary | {"classes": _by_class(dataset, given, probabilities, found, looked_at)}))
     else:
         _show(summary, _by_class(dataset, given, probabilities, found, looked_at))
-    say(f"{folder}: labels.csv (the {options.most} likeliest), drop.csv ({len(dropped)} images, for --drop-rows)")
+    say(
+        f"{folder}: add.csv, remove.csv (the {options.most} likeliest), add.png, remove.png (the first {DRAWN}), "
+        f"drop.csv ({len(dropped)} images, for --drop-rows)"
+    )
     return 0
 
 
@@ -77,26 +92,47 @@ def _columns(dataset: Dataset, group: str) -> np.ndarray:
     return np.isin(dataset.classes, dataset.groups[group])
 
 
-def _write_labels(path: Path, index: Index, classes, given, probabilities, score, found, most: int) -> None:
-    """The likeliest entries, one a line."""
-    flat = score.reshape(-1)
-    most = min(most, int(np.isfinite(flat).sum()))
-    best = np.argpartition(-flat, most - 1)[:most]
-    best = best[np.lexsort((best, -flat[best]))]
-    rows, columns = np.divmod(best, score.shape[1])
+class Entries(NamedTuple):
+    """Some (row, column) of a table, int64 each, and their scores."""
+
+    rows: np.ndarray
+    columns: np.ndarray
+    scores: np.ndarray
+
+    @classmethod
+    def likeliest(cls, score: np.ndarray, most: int) -> "Entries":
+        """The `most` highest that are finite, the highest first, equal ones by their place."""
+        flat = score.reshape(-1)
+        most = min(most, int(np.isfinite(flat).sum()))
+        best = np.argpartition(-flat, most - 1)[:most] if most else np.arange(0)
+        best = best[np.lexsort((best, -flat[best]))]
+        return cls(*np.divmod(best, score.shape[1]), flat[best])
+
+
+def _write_list(path: Path, index: Index, classes: Sequence[str], of: Entries, probabilities, found) -> None:
+    """One entry a line."""
     lines = (
         (
             index.key(row),
             index.image_id(row),
             classes[column],
-            int(given[row, column]),
             f"{probabilities[row, column]:.6g}",
-            f"{score[row, column]:.6g}",
+            f"{score:.6g}",
             int(found[row, column]),
         )
-        for row, column in zip(rows.tolist(), columns.tolist(), strict=True)
+        for row, column, score in zip(*(part.tolist() for part in of), strict=True)
     )
-    write_csv(path, ["key", "ImageID", "label", "given", "probability", "score", "suspect"], lines)
+    write_csv(path, ["key", "ImageID", "label", "probability", "score", "suspect"], lines)
+
+
+def _draw_list(path: Path, reader, classes: Sequence[str], of: Entries, probabilities) -> None:
+    """The first pictures of a list, each with its label and what the model thinks of it."""
+    verb, color = {"add": ("add", "#1a7f37"), "remove": ("remove", "#cf222e")}[path.stem]
+    captions = [
+        [(cut(f"{verb} {classes[column]}"), color), (f"p {probabilities[row, column]:.3f}", "#57606a")]
+        for row, column in zip(of.rows[:DRAWN].tolist(), of.columns[:DRAWN].tolist(), strict=True)
+    ]
+    sheet(path, reader, of.rows[:DRAWN], captions)
 
 
 # ---- against what is known to be wrong -------------------------------------------------------------------------------
@@ -131,25 +167,24 @@ def recorded(path: Path, index: Index, dataset: Dataset, given: np.ndarray) -> n
     return wrong
 
 
-def _judge(folder: Path, score: np.ndarray, wrong: np.ndarray, dropped: np.ndarray) -> dict[str, float]:
-    """Precision and recall of the ranking over labels and over images, and of the images that are dropped; plotted."""
+def _judge(folder: Path, score: np.ndarray, wrong: np.ndarray, given: np.ndarray, dropped: np.ndarray) -> dict:
+    """Precision and recall of both lists, of the ranking over images, and of the images that are dropped; plotted."""
     if not wrong.any():
         raise UserError("--against: none of its wrong labels is of a class that was looked at")
-    images, worst = wrong.any(1), score.max(1)
-    curves = {
-        "labels": precision_recall_curve(wrong.reshape(-1), score.reshape(-1), drop_intermediate=True)[:2],
-        "images": precision_recall_curve(images, worst, drop_intermediate=True)[:2],
-    }
-    result = {
-        "wrong_labels": int(wrong.sum()),
-        "wrong_images": int(images.sum()),
-        "labels_ap": float(average_precision_score(wrong.reshape(-1), score.reshape(-1))),
-        "images_ap": float(average_precision_score(images, worst)),
-        "chance_labels": float(wrong.mean()),
-        "chance_images": float(images.mean()),
-        "dropped_precision": float(images[dropped].mean()) if len(dropped) else 0.0,
-        "dropped_recall": float(images[dropped].sum() / images.sum()),
-    }
+    images = wrong.any(1)
+    ranked = {name: (wrong[given == side], score[given == side]) for name, side in SIDES.items()}
+    ranked["images"] = images, score.max(1)
+    result: dict[str, float] = {"wrong_labels": int(wrong.sum()), "wrong_images": int(images.sum())}
+    curves = {}
+    for name, (truth, by) in ranked.items():
+        if truth.any():
+            curves[name] = precision_recall_curve(truth, by, drop_intermediate=True)[:2]
+            result[f"{name}_ap"] = float(average_precision_score(truth, by))
+            first = np.argsort(-by, kind="stable")[:DRAWN]
+            result[f"{name}_first_{DRAWN}"] = int(truth[first].sum())
+            result[f"chance_{name}"] = float(truth.mean())
+    result["dropped_precision"] = float(images[dropped].mean()) if len(dropped) else 0.0
+    result["dropped_recall"] = float(images[dropped].sum() / images.sum())
     _plot(folder / "against.png", curves, result)
     return result
 
@@ -211,11 +246,15 @@ def _show(summary: dict, classes: list[dict]) -> None:
     if summary["not_judged"]:
         console.print(f"not judged, since no image or every image has them: {few(summary['not_judged'])}", markup=False)
     if known := summary.get("against"):
+        console.print(f"against {known['wrong_images']} images with {known['wrong_labels']} recorded wrong labels:")
+        for name, title in {"add": "add.csv", "remove": "remove.csv", "images": "images"}.items():
+            if f"{name}_ap" in known:
+                console.print(
+                    f"  {title}: {known[f'{name}_first_{DRAWN}']} of the first {DRAWN} are wrong, average precision "
+                    f"{known[f'{name}_ap']:.3f} (chance {known[f'chance_{name}']:.3f})"
+                )
         console.print(
-            f"against {known['wrong_images']} images with {known['wrong_labels']} recorded wrong labels: average "
-            f"precision {known['images_ap']:.3f} over images (chance {known['chance_images']:.3f}), "
-            f"{known['labels_ap']:.3f} over labels (chance {known['chance_labels']:.3f})\n"
-            f"drop.csv: {summary['dropped']} images, precision {known['dropped_precision']:.3f}, "
+            f"  drop.csv: {summary['dropped']} images, precision {known['dropped_precision']:.3f}, "
             f"recall {known['dropped_recall']:.3f}; against.png has the curves"
         )
 
@@ -250,9 +289,10 @@ def _parser() -> Parser:
     add(
         "--method",
         choices=METHODS,
-        default="confident",
-        help="order of the list: `error` |label - p|; `class` in units of the class's mean error; `confident` the "
-        "suspects of confident learning first, then the others, by their error (default)",
+        default="relative",
+        help="order of the lists: `relative` odds, of a given label next to what is usual for its class (default); "
+        "`error` |label - p|; `class` in units of the class's mean error; `confident` the suspects of confident "
+        "learning first, then the others, by their error",
     )
     add("--group", default="", metavar="NAME", help="look only at the labels of this group")
     add(
@@ -262,7 +302,7 @@ def _parser() -> Parser:
         metavar="SHARE",
         help="share of the images to put into drop.csv, those with the likeliest wrong label (default: 0.05)",
     )
-    add("--most", type=_count, default=1000, metavar="N", help="lines of labels.csv (default: 1000)")
+    add("--most", type=_count, default=1000, metavar="N", help="lines of add.csv and of remove.csv (default: 1000)")
     add("--against", metavar="CSV", help="ImageID,Labels,TrueLabels of labels known to be wrong: scores the ranking")
     add("--out", metavar="DIR", help="folder to write (default: noise/ beside OOF)")
     add("--json", action="store_true", help="print JSON instead of the table")

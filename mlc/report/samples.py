@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from mlc.data.decode import upright
 from mlc.data.reader import TarReader
-from mlc.data.transforms import upright
 from mlc.validation import Evaluation
 from shards.image import BadImage, open_image, to_rgb
 

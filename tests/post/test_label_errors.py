@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mlc.post.label_errors import METHODS, by_class, errors, margins, mean_errors, scores, suspects
+from mlc.post.label_errors import METHODS, by_class, errors, margins, mean_errors, relative, scores, suspects
 
 
 def example(seed: int, rows: int = 300) -> tuple[np.ndarray, np.ndarray]:
@@ -73,3 +73,14 @@ def test_flipped_labels_are_ranked_first(method):
     top = np.argsort(-score.reshape(-1))[: flipped.sum()]
     assert flipped.reshape(-1)[top].mean() > 0.9
     assert score.dtype == np.float32
+
+
+def test_relative_is_the_log_odds_of_a_wrong_label():
+    p, given = example(5)
+    score = relative(p, given)
+    for c in range(5):
+        usual = p[given[:, c], c].mean()
+        odds = p[:, c] / (1 - p[:, c])
+        expected = np.where(given[:, c], np.log(usual / (1 - usual)) - np.log(odds), np.log(odds))
+        assert score[:, c] == pytest.approx(expected, abs=1e-5)
+    assert np.isfinite(relative(np.array([[0.0, 1.0]]), np.array([[True, False]]))).all()

@@ -38,17 +38,28 @@ class Copies:
 
 def find_copies(survey: Survey) -> list[Copies]:
     """Groups of near copies, leaks between splits first, then the largest."""
-    _, first = np.unique(survey.content, return_index=True)
-    usable = first[survey.size[first, 0] > 0]
-    pairs = usable[near_pairs(survey.hash[usable], survey.tiny[usable])]
-    owner = first[survey.content]  # equal bytes need no looking at, not even where the picture is one colour
-    links = np.concatenate([pairs, np.stack([np.arange(len(survey)), owner], axis=1)])
-    graph = coo_array((np.ones(len(links), np.int8), (links[:, 0], links[:, 1])), shape=(len(survey), len(survey)))
-    _, label = connected_components(graph, directed=False)
+    label = group_numbers(survey.hash, survey.tiny, survey.content, survey.size[:, 0] > 0)
     order = np.argsort(label, kind="stable")
     starts = np.flatnonzero(np.diff(label[order])) + 1
     groups = [_copies(survey, members) for members in np.split(order, starts) if len(members) > 1]
     return sorted(groups, key=lambda group: (not group.leak, -len(group.members), group.members))
+
+
+def group_numbers(hashes: np.ndarray, tiny: np.ndarray, content: np.ndarray, usable: np.ndarray) -> np.ndarray:
+    """int32 [N]: a number for every picture, the same for near copies, copies of copies among them.
+
+    Args:
+        hashes, tiny: see `near_pairs`.
+        content: int64 [N], the same for equal bytes.
+        usable: bool [N], pictures that could be looked at.
+    """
+    _, first, content = np.unique(content, return_index=True, return_inverse=True)
+    looked_at = first[usable[first]]
+    pairs = looked_at[near_pairs(hashes[looked_at], tiny[looked_at])]
+    same = np.stack([np.arange(len(content)), first[content]], axis=1)  # equal bytes need no looking at
+    links = np.concatenate([pairs, same])
+    graph = coo_array((np.ones(len(links), np.int8), (links[:, 0], links[:, 1])), shape=(len(content),) * 2)
+    return connected_components(graph, directed=False)[1]
 
 
 def _copies(survey: Survey, members: np.ndarray) -> Copies:

@@ -118,19 +118,6 @@ def read_image(path: Path) -> bytes:
     return data
 
 
-def check_files(paths: list[Path]) -> list[str | None]:
-    """What is wrong with each file, None where nothing is."""
-    return [_problem(path) for path in paths]
-
-
-def _problem(path: Path) -> str | None:
-    try:
-        check_image(read_image(path))
-    except BadImage as problem:
-        return str(problem)
-    return None
-
-
 def pack_file(path: Path, *, resize: int | None, quality: int) -> tuple[bytes, str]:
     """`packed_bytes` of a file that was checked before. Raises UserError where it has changed since."""
     try:

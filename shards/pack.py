@@ -31,7 +31,7 @@ from shards.dataset import (
 from shards.files import replacing
 from shards.image import pack_file
 from shards.json_text import to_json
-from shards.plan import Plan, Sample, check_images, make_plan, settle
+from shards.plan import Checked, Plan, Sample, check_images, make_plan, settle
 from shards.stats import label_summary
 from shards.table import Columns
 from shards.tar import groups, write_tar
@@ -69,11 +69,9 @@ def main(argv: list[str] | None = None) -> int:
             shutil.rmtree(partial, ignore_errors=True)
     else:
         _may_replace(out, overwrite=args.overwrite)
-        bad_images = _noted(partial, plan.hash)
-        if bad_images is None:
-            bad_images = check_images(plan, args.workers)
-        samples = settle(plan, bad_images, args)
-        with _building(partial, plan.hash, bad_images):
+        checked = _noted(partial, plan.hash) or check_images(plan, args)
+        samples = settle(plan, checked, args)
+        with _building(partial, plan.hash, checked):
             build(partial, plan, samples, args)
             _publish(partial, out)
     _summary(load_dataset(out), args, time.perf_counter() - started)
@@ -90,6 +88,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--val-csv", help="validation rows")
     add("--val-fraction", type=finite, help="share of the training rows to validate on, stratified by label")
     add("--folds", type=_whole(2), default=0, help="also deal the training rows into K stratified folds")
+    add(
+        "--split-copies",
+        action="store_true",
+        help="let --val-fraction and --folds deal out near copies of a picture one by one (they stay together)",
+    )
     add("--classes", help="YAML with classes and groups (default: classes.yaml beside the CSV, else the labels found)")
     add("--resize", type=_whole(1), help="shrink images to this short side in pixels and store them as JPEG")
     add("--quality", type=_whole(1, 100), default=92, help="JPEG quality of shrunk images")
@@ -180,11 +183,11 @@ def _may_replace(out: Path, *, overwrite: bool) -> None:
         )
 
 
-def _noted(partial: Path, plan: str) -> dict[str, str] | None:
-    """The bad images that a killed run of the same plan found, None where there was no such run."""
+def _noted(partial: Path, plan: str) -> Checked | None:
+    """What a killed run of the same plan found in the images, None where there was no such run."""
     try:
         note = json.loads((partial / "plan.json").read_text(encoding="utf-8"))
-        return note["bad_images"] if note["plan"] == plan else None
+        return Checked(note["bad_images"], note["copies"]) if note["plan"] == plan else None
     except (OSError, ValueError, KeyError):
         return None
 
@@ -196,7 +199,7 @@ def _restore(out: Path, partial: Path) -> None:
 
 
 @contextmanager
-def _building(partial: Path, plan: str, bad_images: dict[str, str]) -> Iterator[None]:
+def _building(partial: Path, plan: str, checked: Checked) -> Iterator[None]:
     """OUT.partial, locked, with what a killed run of the same plan has left there; of another plan nothing is kept."""
     if partial.exists() and any(partial.iterdir()) and not (partial / "lock").exists():
         raise UserError(f"{partial} is in the way and not from mlc pack; move it away")
@@ -212,7 +215,7 @@ def _building(partial: Path, plan: str, bad_images: dict[str, str]) -> Iterator[
         if _noted(partial, plan) is None:
             for name in ("pack", "parts"):
                 shutil.rmtree(partial / name, ignore_errors=True)
-            write_json(partial / "plan.json", {"plan": plan, "bad_images": bad_images})
+            write_json(partial / "plan.json", {"plan": plan, "bad_images": checked.wrong, "copies": checked.copies})
         for name in ("pack", "parts"):
             (partial / name).mkdir(exist_ok=True)
         yield

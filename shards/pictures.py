@@ -6,9 +6,11 @@ fraction of its size. A picture that does not decode is a finding, never the end
 
 import io
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +19,7 @@ from scipy.fft import dctn
 
 from shards.console import UserError, progress
 from shards.dataset import Index
-from shards.image import BadImage, open_image, to_rgb
+from shards.image import BadImage, check_image, open_image, read_image, to_rgb
 from shards.urls import read_range
 from shards.workers import spread
 
@@ -124,6 +126,32 @@ def look(task: Task) -> Looked:
         found.size[place] = size
         found.hash[place], found.tiny[place] = fingerprint(image)
     return found
+
+
+class Seen(NamedTuple):
+    """A file that was decoded: what is wrong with it, "" where nothing is; and, where it was asked for and nothing is,
+    what `shards.duplicates.group_numbers` compares."""
+
+    problem: str = ""
+    hash: np.uint64 = np.uint64(0)
+    tiny: np.ndarray = np.zeros(3 * TINY * TINY, np.uint8)
+    content: int = 0
+
+
+def look_at_files(paths: Sequence[Path], fingerprints: bool) -> list[Seen]:
+    """Every file of `paths`, decoded whole."""
+    return [_look_at(path, fingerprints) for path in paths]
+
+
+def _look_at(path: Path, fingerprints: bool) -> Seen:
+    try:
+        data = read_image(path)
+        check_image(data)
+        if not fingerprints:
+            return Seen()
+        return Seen("", *fingerprint(decoded(data, 2 * SIDE)[1]), zlib.crc32(data) << 32 ^ len(data))
+    except BadImage as problem:
+        return Seen(str(problem))
 
 
 def fingerprint(image: Image.Image) -> tuple[np.uint64, np.ndarray]:

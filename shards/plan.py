@@ -7,16 +7,20 @@ looked for first and shown together. The hash tells a second run of the same com
 import hashlib
 import re
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
+
+import numpy as np
 
 from shards.cells import survives
 from shards.console import UserError, did_you_mean, listed, plural, progress, say
 from shards.dataset import PACKER
-from shards.image import check_files
+from shards.duplicates import group_numbers
 from shards.image_folder import ImageFolder, refuse_other_folder
 from shards.json_text import to_json
+from shards.pictures import Seen, look_at_files
 from shards.split import stratified_folds
 from shards.table import PREDICTION_ID, Columns, Problems, Row, found_classes, read_classes, read_rows
 from shards.tar import MAX_KEY
@@ -27,6 +31,7 @@ WORKER_CHUNKS = 8  # below that a second process costs more to start than it sav
 PLANNED_FLAGS = (
     "val_fraction",
     "folds",
+    "split_copies",
     "resize",
     "quality",
     "shard_size",
@@ -60,6 +65,14 @@ class Plan:
     problems: Problems
     columns: Columns
     hash: str
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What looking at the images found: what is `wrong` with some, and `copies` of one picture, by ImageID."""
+
+    wrong: dict[str, str] = field(default_factory=dict)
+    copies: list[list[str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -184,29 +197,50 @@ def _hash(args: Namespace, tables: Sequence[str], classes: Sequence[str], groups
     return digest.hexdigest()
 
 
-def check_images(plan: Plan, workers: int) -> dict[str, str]:
-    """Decodes every image once. What is wrong, by ImageID."""
-    items = list(plan.files.items())
-    chunks = [items[start : start + CHECK_CHUNK] for start in range(0, len(items), CHECK_CHUNK)]
-    bad = {}
-    with progress("checking images", len(items)) as advance:
-        paths = [[file.path for _, file in chunk] for chunk in chunks]
-        checks = spread(check_files, paths, min(workers, 1 + len(chunks) // WORKER_CHUNKS))
-        for chunk, texts in zip(chunks, checks, strict=True):
-            advance(len(chunk))
-            bad |= {row.image_id: text for (row, _), text in zip(chunk, texts, strict=True) if text}
-    return bad
+def check_images(plan: Plan, args: Namespace) -> Checked:
+    """Decodes every image once; where training rows are to be split, it is also looked at which are near copies."""
+    train = {row for row in plan.rows["train"] if args.val_fraction is not None or args.folds}
+    train = set() if args.split_copies else train
+    wrong: dict[str, str] = {}
+    rows: list[Row] = []
+    seen: list[Seen] = []
+    with progress("checking images", len(plan.files)) as advance:
+        for fingerprints in (False, True):
+            of = [row for row in plan.files if (row in train) == fingerprints]
+            chunks = [of[start : start + CHECK_CHUNK] for start in range(0, len(of), CHECK_CHUNK)]
+            paths = [[plan.files[row].path for row in chunk] for chunk in chunks]
+            processes = min(args.workers, 1 + len(chunks) // WORKER_CHUNKS)
+            looks = spread(partial(look_at_files, fingerprints=fingerprints), paths, processes)
+            for chunk, found in zip(chunks, looks, strict=True):
+                advance(len(chunk))
+                wrong |= {row.image_id: one.problem for row, one in zip(chunk, found, strict=True) if one.problem}
+                if fingerprints:
+                    rows += chunk
+                    seen += found
+    return Checked(wrong, _copies(rows, seen))
 
 
-def settle(plan: Plan, bad_images: dict[str, str], args: Namespace) -> dict[str, list[Sample]]:
+def _copies(rows: Sequence[Row], seen: Sequence[Seen]) -> list[list[str]]:
+    if not rows:
+        return []
+    hashes, tiny, content = (np.array([getattr(one, name) for one in seen]) for name in ("hash", "tiny", "content"))
+    usable = np.array([not one.problem for one in seen])
+    number = group_numbers(hashes, tiny, np.where(usable, content, -1 - np.arange(len(seen))), usable)
+    found: dict[int, list[str]] = {}
+    for row, of in zip(rows, number.tolist(), strict=True):
+        found.setdefault(of, []).append(row.image_id)
+    return [members for members in found.values() if len(members) > 1]
+
+
+def settle(plan: Plan, checked: Checked, args: Namespace) -> dict[str, list[Sample]]:
     """The samples of every split in the order of the CSV, bad rows left out.
 
     Raises UserError, with all that is wrong, where more rows are bad than --skip-bad allows.
     """
     problems = plan.problems
     for row in plan.files:
-        if row.image_id in bad_images:
-            problems.add(row.source, row.line, f"image {row.image_id!r}: {bad_images[row.image_id]}")
+        if row.image_id in checked.wrong:
+            problems.add(row.source, row.line, f"image {row.image_id!r}: {checked.wrong[row.image_id]}")
     bad = len(problems)
     if bad > args.skip_bad:
         raise UserError(
@@ -216,25 +250,41 @@ def settle(plan: Plan, bad_images: dict[str, str], args: Namespace) -> dict[str,
     if bad:
         say(f"left out {plural(bad, 'bad row')}\n{listed(problems.lines())}")
     good = {split: [row for row in rows if not problems.has(row)] for split, rows in plan.rows.items()}
-    return _samples(_split(good, plan, args), plan, args)
+    group_of = {name: number for number, members in enumerate(checked.copies) for name in members}
+    if group_of:
+        say(
+            f"{plural(len(group_of), 'training image')} in {plural(len(checked.copies), 'group')} of near copies: each "
+            "group stays on one side of every split (--split-copies deals them out one by one)"
+        )
+    return _samples(_split(good, plan, args, group_of), plan, args, group_of)
+
+
+def _groups(rows: Sequence[Row], group_of: Mapping[str, int]) -> list[int]:
+    """A number per row, that of its near copies or one of its own."""
+    return [group_of.get(row.image_id, len(group_of) + place) for place, row in enumerate(rows)]
 
 
 def _columns(row: Row, plan: Plan, position: dict[str, int]) -> tuple[int, ...] | None:
     return None if row.labels is None else tuple(sorted(position[label] for label in row.labels))
 
 
-def _split(rows: dict[str, list[Row]], plan: Plan, args: Namespace) -> dict[str, list[Row]]:
+def _split(
+    rows: dict[str, list[Row]], plan: Plan, args: Namespace, group_of: Mapping[str, int]
+) -> dict[str, list[Row]]:
     """Cuts the validation split out of train where --val-fraction asks for it."""
     if args.val_fraction is None:
         return rows
     position = {name: column for column, name in enumerate(plan.classes)}
     labels = [_columns(row, plan, position) for row in rows["train"]]
-    part = stratified_folds(labels, [1 - args.val_fraction, args.val_fraction], args.seed)
+    fractions = [1 - args.val_fraction, args.val_fraction]
+    part = stratified_folds(labels, fractions, args.seed, _groups(rows["train"], group_of))
     train, val = ([row for row, of in zip(rows["train"], part, strict=True) if of == which] for which in (0, 1))
     return {"train": train, "val": val} | {split: kept for split, kept in rows.items() if split != "train"}
 
 
-def _samples(rows: dict[str, list[Row]], plan: Plan, args: Namespace) -> dict[str, list[Sample]]:
+def _samples(
+    rows: dict[str, list[Row]], plan: Plan, args: Namespace, group_of: Mapping[str, int]
+) -> dict[str, list[Sample]]:
     for split, kept in rows.items():
         if not kept:
             raise UserError(f"the {split} split would be empty; give more rows or another --val-fraction")
@@ -244,7 +294,8 @@ def _samples(rows: dict[str, list[Row]], plan: Plan, args: Namespace) -> dict[st
     if args.folds:
         if args.folds > len(rows["train"]):
             raise UserError(f"--folds {args.folds} is more than the {len(rows['train'])} samples of train")
-        folds["train"] = stratified_folds(columns["train"], [1.0] * args.folds, args.seed).tolist()
+        together = _groups(rows["train"], group_of)
+        folds["train"] = stratified_folds(columns["train"], [1.0] * args.folds, args.seed, together).tolist()
     keys = Keys()
     return {
         split: [

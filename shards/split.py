@@ -2,8 +2,9 @@
 
 Iterative stratification after K. Sechidis, G. Tsoumakas, I. Vlahavas, "On the Stratification of Multi-Label Data",
 ECML PKDD 2011, algorithm 1: the rarest label left is dealt out first, each of its samples to the subset that still
-wants most of that label. Two things are added: a subset that has its number of samples takes no more, so sizes are
-exact; and pairs are swapped at the end, because the rarest label alone does not balance samples of many labels.
+wants most of that label. Three things are added: a subset that has its number of samples takes no more, so sizes are
+exact; pairs are swapped at the end, because the rarest label alone does not balance samples of many labels; and samples
+of one group stay together, where sizes may be off by what a group has.
 """
 
 from collections.abc import Sequence
@@ -20,12 +21,14 @@ def subset_sizes(samples: int, fractions: Sequence[float]) -> np.ndarray:
     return sizes
 
 
-def stratified_folds(labels: Sequence[Sequence[int]], fractions: Sequence[float], seed: int) -> np.ndarray:
+def stratified_folds(
+    labels: Sequence[Sequence[int]], fractions: Sequence[float], seed: int, groups: Sequence[int] | None = None
+) -> np.ndarray:
     """int16 [samples]: the subset of every sample.
 
     `labels` holds the label columns of every sample (each at most once, may be empty), `fractions` the share of every
-    subset. Sizes are within one of the exact share. The same arguments give the same answer with any numpy: the legacy
-    generator is used because its stream is frozen.
+    subset; samples with the same number in `groups` share one. Sizes are within one of the exact share, or within a
+    group. The same arguments give the same answer with any numpy: the legacy generator's stream is frozen.
     """
     rng = np.random.RandomState(seed)
     order = rng.permutation(len(labels))
@@ -35,12 +38,14 @@ def stratified_folds(labels: Sequence[Sequence[int]], fractions: Sequence[float]
     room = subset_sizes(len(labels), fractions)
     left = np.array([len(samples) for samples in by_label])
     subset = np.full(len(labels), -1, dtype=np.int16)
+    together = _together(np.arange(len(labels)) if groups is None else np.asarray(groups))
 
     def assign(sample: int, label: int | None) -> None:
-        chosen = _choose(wanted[label] if label is not None else room, room, rng)
-        subset[sample] = chosen
-        room[chosen] -= 1
-        for column in labels[sample]:
+        members = together[sample]
+        chosen = _choose(wanted[label] if label is not None else room, room, len(members), rng)
+        subset[members] = chosen
+        room[chosen] -= len(members)
+        for column in (column for member in members for column in labels[member]):
             wanted[column, chosen] -= 1
             left[column] -= 1
 
@@ -52,14 +57,26 @@ def stratified_folds(labels: Sequence[Sequence[int]], fractions: Sequence[float]
     for sample in order:
         if subset[sample] < 0:
             assign(sample, None)
-    _swap(labels, subset, -wanted)
+    _swap(labels, subset, -wanted, np.array([len(members) == 1 for members in together], bool))
     return subset
 
 
-def _swap(labels: Sequence[Sequence[int]], subset: np.ndarray, excess: np.ndarray) -> None:
+def _together(groups: np.ndarray) -> list[np.ndarray]:
+    """For every sample those of its group, itself among them."""
+    order = np.argsort(groups, kind="stable")
+    members = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
+    found: list[np.ndarray] = [order] * len(groups)
+    for group in members:
+        for sample in group:
+            found[sample] = group
+    return found
+
+
+def _swap(labels: Sequence[Sequence[int]], subset: np.ndarray, excess: np.ndarray, alone: np.ndarray) -> None:
     """Swaps pairs between the two subsets that differ most in a label while the sum of squares of `excess` falls.
 
     `excess` [labels, K] is how many samples of a label a subset has above its exact share; both are changed in place.
+    `alone` bool [samples]: those that may be swapped.
     """
     if not len(excess):
         return
@@ -72,8 +89,11 @@ def _swap(labels: Sequence[Sequence[int]], subset: np.ndarray, excess: np.ndarra
             return
         rich, poor = int(np.argmax(excess[worst])), int(np.argmin(excess[worst]))
         pull = np.bincount(sample_of, (excess[:, rich] - excess[:, poor])[column_of], minlength=len(labels))
-        give = int(np.argmax(np.where(subset == rich, pull - counts, -np.inf)))
-        take = int(np.argmin(np.where(subset == poor, pull + counts, np.inf)))
+        givers, takers = ((subset == which) & alone for which in (rich, poor))
+        if not givers.any() or not takers.any():
+            return
+        give = int(np.argmax(np.where(givers, pull - counts, -np.inf)))
+        take = int(np.argmin(np.where(takers, pull + counts, np.inf)))
         changed = np.setxor1d(labels[give], labels[take]).astype(np.int64)
         if pull[take] - pull[give] + len(changed) >= 0:
             return
@@ -92,9 +112,9 @@ def _samples_by_label(labels: Sequence[Sequence[int]], order: np.ndarray) -> lis
     return samples
 
 
-def _choose(wanted: np.ndarray, room: np.ndarray, rng: np.random.RandomState) -> int:
+def _choose(wanted: np.ndarray, room: np.ndarray, size: int, rng: np.random.RandomState) -> int:
     """The subset with room that wants most of the label, then the one with most room, then any of the best."""
-    candidates = np.flatnonzero(room > 0)
+    candidates = np.flatnonzero(room >= min(size, room.max()))
     for criterion in (wanted, room):
         values = criterion[candidates]
         candidates = candidates[values >= values.max() - 1e-9]

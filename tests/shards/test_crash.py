@@ -13,6 +13,7 @@ import pytest
 from packing import opened, pack_raw, tree, write_raw
 
 from shards import owner, pack
+from shards.plan import Checked
 
 # Runs `mlc pack` and dies at a chosen moment as by `kill -9`: nothing is cleaned up.
 DYING = """
@@ -278,11 +279,11 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_finished(raw, tmp_path, capsy
 
 
 def test_an_image_that_changes_while_it_is_packed(raw, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(pack, "check_images", lambda plan, workers: change_to_text(raw))
+    monkeypatch.setattr(pack, "check_images", lambda plan, args: change_to_text(raw))
     assert pack_raw(raw, tmp_path / "out") == 2
     assert "3.jpg changed while it was packed" in capsys.readouterr().err
 
 
-def change_to_text(raw: Path) -> dict[str, str]:
+def change_to_text(raw: Path) -> Checked:
     (raw / "images" / "3.jpg").write_text("hello")
-    return {}
+    return Checked()

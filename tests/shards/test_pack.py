@@ -513,3 +513,58 @@ def test_weights_of_the_table_are_in_the_index(tmp_path, capsys):
         write_table(raw / "train.csv", ["ImageID", "Labels", "Weight"], [["a", "x", "1"], ["b", "x", bad]])
         assert pack_raw(raw, tmp_path / "refused") == 2
         assert f"line 3: the Weight {bad!r} is not a number from 0 on" in capsys.readouterr().err
+
+
+def near_copies(folder: Path) -> tuple[Path, list[str]]:
+    """(raw data, group of each row): 24 pictures, a third of them saved three times in other sizes and qualities."""
+    (folder / "images").mkdir(parents=True)
+    rows, group = [], []
+    for number in range(24):
+        image = picture(number, (6, 6)).resize((96, 96), Image.Resampling.BICUBIC)
+        for copy in range(3 if number % 3 == 0 else 1):
+            name = f"{number}-{copy}.jpg"
+            size = 96 - 16 * copy
+            (folder / "images" / name).write_bytes(encoded(image.resize((size, size)), quality=95 - 20 * copy))
+            rows.append([name, "ab"[number % 2]])
+            group.append(number)
+    order = np.random.RandomState(0).permutation(len(rows))
+    write_table(folder / "train.csv", ["ImageID", "Labels"], [rows[i] for i in order])
+    return folder, [group[i] for i in order]
+
+
+def sides(folder: Path) -> dict[str, set]:
+    """image_id before the dash -> the splits and folds that have it."""
+    found: dict[str, set] = {}
+    for split in ("train", "val"):
+        index = opened(folder, split)
+        for row in range(len(index)):
+            found.setdefault(index.image_id(row).partition("-")[0], set()).add((split, int(index.fold[row])))
+    return found
+
+
+def test_near_copies_stay_on_one_side_of_every_split(tmp_path, capsys):
+    raw, group = near_copies(tmp_path / "raw")
+    flags = ["--val-fraction", "0.25", "--folds", "3"]
+    assert pack_raw(raw, tmp_path / "out", *flags) == 0
+    assert "24 training images in 8 groups of near copies: each group stays on one side" in capsys.readouterr().err
+    assert all(len(where) == 1 for where in sides(tmp_path / "out").values())
+    assert len(opened(tmp_path / "out", "val")) == pytest.approx(len(group) / 4, abs=2)
+    assert pack_raw(raw, tmp_path / "apart", *flags, "--split-copies") == 0
+    assert "near copies" not in capsys.readouterr().err
+    assert any(len(where) > 1 for where in sides(tmp_path / "apart").values())
+
+
+def test_a_pack_that_was_killed_keeps_near_copies_together_too(tmp_path, capsys, monkeypatch):
+    raw, _ = near_copies(tmp_path / "raw")
+    (raw / "images" / "9-1.jpg").write_bytes(b"no picture")
+    flags = ["--val-fraction", "0.25", "--skip-bad", "1"]
+    with monkeypatch.context() as patched:
+        patched.setattr(pack, "_publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            files = {"--csv": raw / "train.csv", "--images": raw / "images", "--out": tmp_path / "out", "-j": 1}
+            pack.main([*(str(part) for pair in files.items() for part in pair), *flags])
+    with monkeypatch.context() as patched:
+        patched.setattr(pack, "check_images", lambda *_: pytest.fail("the images were looked at before"))
+        assert pack_raw(raw, tmp_path / "out", *flags) == 0
+    assert pack_raw(raw, tmp_path / "whole", *flags) == 0
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")

@@ -75,3 +75,22 @@ def test_sizes_add_up_and_are_within_one(samples, fractions):
     sizes = subset_sizes(samples, fractions)
     assert sizes.sum() == samples
     assert np.abs(sizes - samples * np.array(fractions) / sum(fractions)).max() < 1
+
+
+@pytest.mark.parametrize(("shares", "fractions"), CASES)
+def test_a_group_stays_together_and_labels_keep_their_shares(shares, fractions):
+    """Half of the samples alone, the others in groups of two to five."""
+    labels = draw(3000, shares)
+    groups = np.concatenate([np.arange(1500), 1500 + np.sort(np.random.RandomState(1).randint(0, 450, 1500))])
+    groups = groups[np.random.RandomState(2).permutation(3000)]
+    subset = stratified_folds(labels, fractions, 0, groups)
+    assert all(len(set(subset[groups == group])) == 1 for group in np.unique(groups))
+    assert np.abs(np.bincount(subset) - 3000 * np.array(fractions)).max() < np.bincount(groups).max()
+    assert np.abs(excess(labels, len(shares), subset, fractions)).max() < 5
+    assert (stratified_folds(labels, fractions, 0, np.arange(3000)) == stratified_folds(labels, fractions, 0)).all()
+
+
+def test_a_group_larger_than_a_subset_goes_where_it_fits_best():
+    subset = stratified_folds([[0]] * 10, [0.9, 0.1], 0, [0] * 8 + [1, 2])
+    assert len(set(subset[:8])) == 1 and np.bincount(subset, minlength=2)[0] >= 8
+    assert (stratified_folds([[0]] * 4, [0.5, 0.5], 0, [7] * 4) >= 0).all()

@@ -1,6 +1,7 @@
 """Model and optimizer of a run, from its settings."""
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from mlc.models.init_head import init_head
 from mlc.models.text import layer_scales
 from mlc.optim.optimizers import make_optimizer
 from mlc.optim.param_groups import param_groups
+from shards.console import UserError
 
 
 def model_of(config: Config, sources: Sources, reading: Reading | None = None, *, published: bool) -> torch.nn.Module:
@@ -56,6 +58,24 @@ def _image_model(config: Config, sources: Sources, published: bool) -> torch.nn.
         model_kwargs=config.model_kwargs,
         attention=config.attention,
     )
+
+
+def refuse_sizes(parts: Sequence[Config], sources: Sources) -> None:
+    """Raises UserError where stages see images of different sizes, and the shapes of the weights follow the size."""
+    by_size = {part.img_size: part for part in parts if not text_only(part) and not part.features}
+    if len(by_size) < 2:
+        return
+    shapes: dict[str, torch.Size] = {}
+    for size, part in by_size.items():
+        with torch.device("meta"):
+            state = _image_model(part, sources, published=False).state_dict()
+        for name, value in state.items():
+            if shapes.setdefault(name, value.shape) != value.shape:
+                raise UserError(
+                    f"stages with images of {next(iter(by_size))} and {size} pixels: {name} of {part.model} has "
+                    f"{list(shapes[name])} and {list(value.shape)} numbers; only networks whose weights fit every size "
+                    "(ConvNets, SwinV2 with a window that fits all) can change --img-size on the way"
+                )
 
 
 def _feature_head(config: Config, sources: Sources) -> torch.nn.Module:

@@ -19,7 +19,7 @@ from mlc.optim.schedule import parse_duration
 from shards.console import UserError, did_you_mean
 
 BANNERS = ("Optimisation", "Loss", "Augmentation")  # whose settings a stage may replace, and
-MORE = ("freeze", "drop", "drop_path", "grad_checkpointing", "eval_every", "threshold")
+MORE = ("img_size", "freeze", "drop", "drop_path", "grad_checkpointing", "eval_every", "threshold")
 MORE += ("text_lr_mult", "text_layer_decay", "word_dropout", "caption_dropout", "mix_captions")
 NOT = ("amp_dtype", "model_ema")  # of a whole run
 
@@ -67,8 +67,8 @@ def _checked(name: str, value: Any) -> Any:
     allowed = [*MORE, *(field for banner in BANNERS for field in fields[banner] if field not in NOT)]
     if name not in allowed:
         raise UserError(
-            f"{name} cannot be a stage's{did_you_mean(name, allowed)}; a stage has `for`, freeze, and settings of "
-            "optimisation, loss and augmentation"
+            f"{name} cannot be a stage's{did_you_mean(name, allowed)}; a stage has `for`, img_size, freeze, and "
+            "settings of optimisation, loss and augmentation"
         )
     try:
         return convert_field(name, value)

@@ -45,7 +45,7 @@ from mlc.parallel.recompute import recompute
 from mlc.profiling import Profiler
 from mlc.report.samples import sample_table
 from mlc.runlog import Meter, RunLog, SampleLog, evaluation_line, memory_gb, training_line
-from mlc.setup import model_of, optimizer_of
+from mlc.setup import model_of, optimizer_of, refuse_sizes
 from mlc.validation import Evaluation, Standing, decision_rule, evaluate, goodness, notes, refuse_unknown_metric
 from shards.console import shown
 
@@ -111,6 +111,7 @@ def train(settings: Config, stop: StopFlag | None = None) -> StopFlag | None:
     clocks = [Clock(part, **lengths) for part in parts]  # all now, so that the last one's mistake shows at the start
     for part in parts:
         make_loss(part.config, dataset.group_columns)
+    refuse_sizes([part.config for part in parts], sources)
     stage = stages.at(parts, progress["samples_seen"], progress["stage_ends"])
     clock, config = clocks[stage.number], stage.config  # from here on the settings of this stage
     start.notices.extend(chosen[stage.number])

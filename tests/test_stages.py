@@ -13,9 +13,10 @@ from mlc import stages, train
 from mlc.clock import Clock
 from mlc.config import Config
 from mlc.parallel import checkpoint, storage
-from shards.console import UserError
+from shards.console import UserError, run
 
-THREE = """[{freeze: backbone, for: 2st, lr: 0.01}, {for: 3st, sched: constant, mixup: 0.4, drop_path: 0.1},
+THREE = """[{freeze: backbone, for: 2st, lr: 0.01, img_size: 16},
+            {for: 3st, sched: constant, mixup: 0.4, drop_path: 0.1},
             {opt: sgd, lr: 0.02, loss: focal, warmup: 2st, freeze: patch_embed}]"""
 
 
@@ -103,6 +104,35 @@ def test_stopped_anywhere_it_is_the_run_that_never_stopped(shards, tmp_path, mon
         assert steps <= log_of(folder / "run")[-1]["step"] < 8
         assert train.main(argv(shards, folder, "--stages", THREE, "--resume", "auto")) == 0
         same_run(tmp_path / "whole", folder)
+
+
+def test_small_images_first(shards, tmp_path, monkeypatch):
+    sizes, prepare = [], train.prepare
+
+    def watched(batch, *args, **kwargs):
+        sizes.append(batch["image"].shape[-1])
+        return prepare(batch, *args, **kwargs)
+
+    monkeypatch.setattr(train, "prepare", watched)
+    assert train.main(argv(shards, tmp_path, "--stages", "[{for: 2st, img-size: 16}, {for: 2st}]")) == 0
+    assert sizes == [16, 16, 32, 32]
+    described = json.loads((tmp_path / "run" / "last" / "config.json").read_text())
+    assert described["pretrained_cfg"]["input_size"] == [3, 32, 32]
+
+
+@pytest.mark.parametrize(
+    "model, weight",
+    [("test_vit", "pos_embed"), ("swin_tiny_patch4_window7_224", "relative_position_bias_table")],
+)
+def test_weights_that_follow_the_size_of_images_are_refused_at_the_start(shards, tmp_path, model, weight, capsys):
+    flags = ["--model", model, "--img-size", "64", "--stages", "[{for: 2st, img-size: 32}, {for: 2st}]"]
+    if model.startswith("swin"):
+        flags += ["--model-kwargs", "embed_dim=16", "depths=[2,2]", "num_heads=[1,2]", "window_size=7"]
+    short = ["--data", str(shards), "--output", str(tmp_path), "--experiment", "run", "-b", "8", "-j", "0"]
+    assert run(train.main, [*short, *flags]) == 2
+    said = capsys.readouterr().err
+    assert weight in said and "stages with images of 32 and 64 pixels" in said
+    assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
 def test_steps_of_another_size_do_not_end_the_run_in_a_stage(shards, tmp_path, monkeypatch, capsys):

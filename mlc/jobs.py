@@ -53,11 +53,13 @@ def _printed(folder: Path) -> list[str]:
 
 
 def command(folder: Path, launch_file: Path | None) -> list[str]:
-    start = [sys.executable, "-m"]
-    if launch_file:
-        start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(launch_file)]
-        start += ["--main_process_port", "0", "-m"]  # any free one: several may run at once
-    return [*start, "mlc", "train", "-c", str(folder / SETTINGS)]
+    start = _launcher("--config_file", str(launch_file)) if launch_file else ["-m"]
+    return [sys.executable, *start, "mlc", "train", "-c", str(folder / SETTINGS)]
+
+
+def _launcher(*flags: str) -> list[str]:
+    """Python's flags for `accelerate launch -m`, on any free port: several may run at once."""
+    return ["-m", "accelerate.commands.launch", *flags, "--main_process_port", "0", "-m"]
 
 
 def work(
@@ -163,8 +165,8 @@ def _environment(at_once: int, gpus: Sequence[str], slot: int) -> dict[str, str]
 
 def on_gpus(command: Sequence[str], count: int) -> list[str]:
     """`mlc VERB ...` by `accelerate launch`, one process for each GPU of this machine."""
-    start = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(count)]
-    return [*start, "--mixed_precision", "bf16", "--main_process_port", "0", "-m", *command]
+    flags = ["--multi_gpu", "--num_processes", str(count), "--mixed_precision", "bf16"]
+    return [*_launcher(*flags), *command]
 
 
 def run_in_sight(command: Sequence[str], *, log: Path, run: Path | None = None) -> None:

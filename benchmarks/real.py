@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         "--sides",
         nargs="+",
         default=list(EVERY),
-        help="also recipe:NAME, and 'recipe:NAME --flag ...' (default: %(default)s)",
+        help="also fit and recipe:NAME, with flags: 'fit --time 10min' (default: %(default)s)",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of every side (default: 1 2 3)")
     parser.add_argument("--size", type=int, default=real_data.SIZE, help="pixels (default: %(default)s)")

@@ -1,12 +1,14 @@
 """Who is compared on real data: each side takes a task and a seed and returns probabilities of val.csv and test.csv.
 
-`bare` and `recipe` are `train.py` and `mlc predict` as a user types them, in processes of their own. `loop45` is the
+`bare` and `recipe` are `train.py` and `mlc predict` as a user types them, `fit` is `mlc fit`, all in processes of their
+own. `loop45` is the
 loop of a tutorial. `sklearn` is logistic regression on what the frozen backbone makes of the images. `constant` answers
 every image with the share of each label in train.csv, so that a threshold tuned on val.csv picks the best constant set
 of the commonest labels. All see the same images, weights, image size and number of passes, and rows come in the order
 of the CSV. A side more is one function and a line in `SIDES`.
 """
 
+import json
 import os
 import random
 import re
@@ -80,10 +82,25 @@ def ours(task: Task, seed: int, *, name: str, flags: tuple[str, ...] = ()) -> Pr
     return {split: _predicted(task, run, split) for split in EVALUATED}
 
 
+def fit(task: Task, seed: int, *, flags: tuple[str, ...] = ()) -> Predictions:
+    """`mlc fit`: the probabilities of the stage that is best on val.csv; as many passes as the others have, unless the
+    flags say how long it may take."""
+    out = task.out / _folder(f"fit {' '.join(flags)} {seed}")
+    model = ["--model", weights.MODEL, "--pretrained-path", task.weights, "--img-size", task.size]
+    length = [] if {"--time", "--epochs"} & set(flags) else ["--epochs", task.epochs]
+    _python("-m", "mlc", "fit", "--data", task.shards, *model, *length, "--seed", seed, *flags, "--out", out)
+    best = max(json.loads((out / "fit.json").read_text())["results"], key=lambda stage: stage["value"])
+    return {split: _in_order(task, split, out / best["predictions"] / f"{split}.csv") for split in EVALUATED}
+
+
 def _predicted(task: Task, run: Path, split: str) -> np.ndarray:
     out = run / f"predictions-{split}"
     _python("-m", "mlc", "predict", "--run", run, "--data", task.shards, "--split", split, "--out", out)
-    names, probabilities = read_predictions(out / f"{split}.csv", task.classes)
+    return _in_order(task, split, out / f"{split}.csv")
+
+
+def _in_order(task: Task, split: str, file: Path) -> np.ndarray:
+    names, probabilities = read_predictions(file, task.classes)
     row = {name: i for i, name in enumerate(names.to_pylist())}
     return probabilities[[row[name] for name in task.names(split)]]
 
@@ -168,18 +185,24 @@ SIDES: dict[str, Callable[[Task, int], Predictions]] = {
     "constant": constant,
     "sklearn": sklearn,
     "bare": partial(ours, name="bare"),
+    "fit": fit,
     "loop45": loop45,
 }
 
 
 def side(name: str) -> Callable[[Task, int], Predictions]:
-    """A side of `SIDES`, or any recipe as `recipe:NAME`; flags may follow `bare` and a recipe. Raises UserError."""
+    """A side of `SIDES`, or any recipe as `recipe:NAME`; flags may follow `bare`, `fit` and a recipe.
+
+    Raises UserError.
+    """
     first, *flags = shlex.split(name)
     kind, _, recipe = first.partition(":")
     if kind == "recipe" and recipe:
         return partial(ours, name=_folder(name), flags=("-c", recipe, *flags))
     if first == "bare" and flags:
         return partial(ours, name=_folder(name), flags=tuple(flags))
+    if first == "fit":
+        return partial(fit, flags=tuple(flags))
     if name not in SIDES:
         raise UserError(f"there is no side {name!r}: choose among {', '.join(SIDES)} and recipe:NAME")
     return SIDES[name]

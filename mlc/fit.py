@@ -14,7 +14,7 @@ import shlex
 import time
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     scored = ["eval", "--run", str(out / shown), *(frozen if shown == "head" else common)]
     book.stage("report", [scored, ["report", str(out / shown), "--out", str(out / "report.html")]])
     _print(found, book)
+    book.finish(found)
     chosen = max(found, key=lambda one: one.value)
     handed = f"; {out / 'submission.csv'} has its labels of the test split" if "test" in splits else ""
     say(f"best: {chosen.name}, F1 samples {chosen.value:.4f} +- {chosen.margin:.4f}{handed}")
@@ -232,6 +233,7 @@ class Book:
         self._out, self._file = out, out / "fit.json"
         self.stages: dict[str, dict[str, Any]] = {}
         self._decided: dict[str, Any] = {}
+        self._results: dict[str, Any] = {}
         settings = {name: value for name, value in settings.items() if name not in ("workers", "out")}
         if self._file.is_file():
             known = json.loads(self._file.read_text(encoding="utf-8"))
@@ -275,6 +277,12 @@ class Book:
                 own["seconds"] += time.monotonic() - begin
                 self._write()
 
+    def finish(self, found: list[Judged]) -> None:
+        """Notes what each stage came to, for whoever reads the file."""
+        told = [asdict(one) | {"predictions": str(one.predictions.relative_to(self._out))} for one in found]
+        self._results = {"results": told}
+        self._write()
+
     def _run(self, command: list[str], trains: Path | None) -> None:
         """A training, and what several GPUs share, in processes of their own; everything else here."""
         gpus = visible_gpus()
@@ -289,7 +297,8 @@ class Book:
 
     def _write(self) -> None:
         with disk_errors(self._file):
-            write_json(self._file, {"settings": self._settings, "decided": self._decided, "stages": self.stages})
+            known = {"settings": self._settings, "decided": self._decided, "stages": self.stages}
+            write_json(self._file, known | self._results)
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------

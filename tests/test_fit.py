@@ -65,6 +65,8 @@ def test_from_files_to_a_submission(flags, demo_csv, tmp_path, in_process, capsy
         name: json.loads((out / name / "rule.json").read_text())["honest"] for name in ("head", "finetune", "ensemble")
     }
     best = max(values, key=values.get)
+    assert {one["name"]: one["value"] for one in book["results"]} == pytest.approx(values)
+    assert all((out / one["predictions"] / "test.csv").is_file() for one in book["results"])
     assert f"best: {best}, F1 samples {values[best]:.4f}" in said.err
     assert (out / "submission.csv").read_bytes() == (out / best / "submission.csv").read_bytes()
     assert (out / "report.html").is_file() and (out / "data.html").is_file()
@@ -99,7 +101,8 @@ def test_interrupted_at_every_command_it_comes_to_the_same(flags, tmp_path, in_p
     assert (broken / "submission.csv").read_bytes() == (whole / "submission.csv").read_bytes()
 
 
-def test_quick_is_the_head_alone_and_time_decides_the_length(flags, tmp_path, in_process, capsys):
+def test_quick_is_the_head_alone_and_time_decides_the_length(flags, tmp_path, in_process, capsys, monkeypatch):
+    monkeypatch.setattr(fit, "MOST_EPOCHS", 2.0)
     fit.main([*flags, "--preset", "quick", "--out", str(tmp_path / "quick")])
     assert not (tmp_path / "quick" / "finetune").exists() and (tmp_path / "quick" / "submission.csv").is_file()
     fit.main([*flags, "--time", "1s", "--out", str(tmp_path / "short")])
@@ -111,7 +114,7 @@ def test_quick_is_the_head_alone_and_time_decides_the_length(flags, tmp_path, in
 def test_a_training_that_is_stopped_goes_on(flags, tmp_path):
     """In processes as a user starts them: SIGTERM while it fine-tunes, then the same command."""
     out = tmp_path / "fit"
-    command = [sys.executable, "-m", "mlc", "fit", *flags, "--epochs", "40", "--out", str(out)]
+    command = [sys.executable, "-m", "mlc", "fit", *flags, "--epochs", "12", "--out", str(out)]
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if "step " in line and (out / "finetune" / "log.jsonl").exists():

@@ -264,6 +264,28 @@ def test_rows_of_a_run_come_in_the_order_of_the_table(task, monkeypatch):
     assert flags == "--data --model --pretrained-path --img-size --epochs --seed --output --experiment"
 
 
+def test_fit_answers_with_its_best_stage(task, monkeypatch):
+    called = []
+
+    def python(*command):
+        called.append(command)
+        out = command[-1]
+        for place, stage in enumerate(("head", "ensemble")):
+            (out / stage).mkdir(parents=True)
+            for split in real_sides.EVALUATED:
+                names = task.names(split)
+                values = np.full((len(names), 2), 0.25 + place / 2, np.float32)
+                write_probabilities(out / stage / f"{split}.csv", names, task.classes, values)
+        results = [{"value": 0.6, "predictions": "head"}, {"value": 0.7, "predictions": "ensemble"}]
+        (out / "fit.json").write_text(json.dumps({"results": results}))
+
+    monkeypatch.setattr(real_sides, "_python", python)
+    assert (real_sides.side("fit")(task, 3)["test"] == 0.75).all()
+    assert called[0][called[0].index("--epochs") + 1] == 3
+    real_sides.side("fit --time 5min --preset best")(task, 3)
+    assert "--epochs" not in called[1] and called[1][-6:-2] == ("--time", "5min", "--preset", "best")
+
+
 def test_sides_by_name():
     assert isinstance(real_sides.side("recipe:demo"), partial) and real_sides.side("loop45") is real_sides.loop45
     for wrong in ("recipe:", "none"):

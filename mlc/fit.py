@@ -43,7 +43,7 @@ PRESETS = {"quick": 0, "good": 1, "best": 3}  # and how many fine-tunings each h
 MODEL = {"cpu": "tf_efficientnet_lite0", "cuda": "swinv2_base_window12to16_192to256.ms_in22k_ft_in1k"}
 EPOCHS, MOST_EPOCHS, LEAST_EPOCHS = 10.0, 30.0, 1.0  # of a fine-tuning: without --time, and the bounds with it
 HEAD = "--head linear --epochs 20 -b 32 --eval-every 5ep --checkpoint-every 20ep"
-TRIAL_STEPS = 12
+TRIAL_STEPS, TRIAL_SHARE = (12, 60), 0.04  # least and most; between them, what takes about so much of the time
 RESERVE = 0.9  # of the time: what is left at the end is short of the estimate rather than over it
 
 
@@ -181,11 +181,12 @@ def _epochs(options: Namespace, book: "Book", recipe: list[str], out: Path, data
     if not options.time:
         return options.epochs
     trial = out / "trial"
-    told = ["--max-steps", str(TRIAL_STEPS), "--log-interval", "1", "--experiment", "trial", "--eval-every", "1000ep"]
+    steps = book.decided("trial_steps", lambda: _trial_steps(options, book, dataset))
+    told = ["--max-steps", str(steps), "--log-interval", "1", "--experiment", "trial", "--eval-every", "1000ep"]
     book.stage("trial", [[*recipe, *told, "--resume", "auto"]], trains=trial)
     lines = [line for line in read_log(trial / "log.jsonl") if "train/img_per_sec" in line]
-    rate = float(np.median([line["train/img_per_sec"] for line in lines[TRIAL_STEPS // 3 :]]))
-    training = TRIAL_STEPS * options.batch_size / rate
+    rate = float(1 / np.mean([1 / line["train/img_per_sec"] for line in lines[len(lines) // 3 :]]))
+    training = steps * options.batch_size / rate
     samples = {name: split.num_samples for name, split in dataset.splits.items()}
     evaluation = samples["val"] / (2 * rate)  # of two sets of weights, without a backward pass
     start = max(0.0, book.seconds("trial") - training - evaluation)
@@ -194,6 +195,14 @@ def _epochs(options: Namespace, book: "Book", recipe: list[str], out: Path, data
     left = RESERVE * options.time - book.seconds()
     each = left / runs - start - predicting
     return min(MOST_EPOCHS, math.floor(100 * each / (samples["train"] / rate + evaluation)) / 100)
+
+
+def _trial_steps(options: Namespace, book: "Book", dataset: Any) -> int:
+    """By how fast the features were made, a forward pass alone."""
+    images = sum(split.num_samples for split in dataset.splits.values())
+    rate = images / max(1.0, book.seconds("head: features")) / 3
+    steps = round(TRIAL_SHARE * options.time * rate / options.batch_size)
+    return min(max(steps, TRIAL_STEPS[0]), TRIAL_STEPS[1])
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------

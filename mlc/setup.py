@@ -72,8 +72,8 @@ def refuse_sizes(parts: Sequence[Config], sources: Sources) -> None:
         for name, value in state.items():
             if shapes.setdefault(name, value.shape) != value.shape:
                 raise UserError(
-                    f"stages with images of {next(iter(by_size))} and {size} pixels: {name} of {part.model} has "
-                    f"{list(shapes[name])} and {list(value.shape)} numbers; only networks whose weights fit every size "
+                    f"stages with images of {next(iter(by_size))} and {size} pixels: {name} of {part.model} has the "
+                    f"shapes {list(shapes[name])} and {list(value.shape)}; only networks whose weights fit every size "
                     "(ConvNets, SwinV2 with a window that fits all) can change --img-size on the way"
                 )
 

@@ -19,7 +19,7 @@ from shards.pictures import Survey
 BITS = 7  # differing bits; at most 7 of 64 leave one byte of the hash untouched, which the search rests on
 ALIKE = 0.95  # correlation at 8 x 8 pixels: re-encoded and resized pictures have 0.98 and more
 SPOT = 40.0  # levels of 255 by which the least alike pixel may differ: theirs stay below 34
-FLAT = 3.0  # grey levels of standard deviation: below it a picture is one colour and its hash is noise
+FLAT = 3.0  # levels of 255 of standard deviation: below it a picture is one colour and its hash is noise
 BLOCK = 512  # pictures compared with a bucket at a time
 
 
@@ -72,14 +72,13 @@ def near_pairs(hashes: np.ndarray, tiny: np.ndarray) -> np.ndarray:
 
     Args:
         hashes: uint64 [N].
-        tiny: uint8 [N, D], the pictures at 8 x 8 pixels; those of one colour are not compared.
+        tiny: uint8 [N, 192], the pictures at 8 x 8 pixels in RGB; those of one colour are not compared.
 
     Every pair within 7 bits has one byte of the hash in common, so only pictures that share a byte are compared: for
     evenly spread hashes a 32nd of all pairs.
     """
-    deviation = np.concatenate(
-        [np.zeros(0), *(part.std(axis=1) for part in np.array_split(tiny, len(tiny) // 4096 + 1))]
-    )
+    parts = np.array_split(tiny.reshape(len(tiny), tiny.shape[1] // 3, 3), len(tiny) // 4096 + 1)
+    deviation = np.concatenate([np.zeros(0), *(part.std(axis=1).max(axis=1) for part in parts)])  # of a channel
     known = np.flatnonzero(deviation >= FLAT)
     found = [np.zeros((0, 2), np.int64)]
     for one, other in _candidates(hashes[known]):

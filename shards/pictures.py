@@ -128,30 +128,40 @@ def look(task: Task) -> Looked:
     return found
 
 
-class Seen(NamedTuple):
-    """A file that was decoded: what is wrong with it, "" where nothing is; and, where it was asked for and nothing is,
-    what `shards.duplicates.group_numbers` compares."""
+class Files(NamedTuple):
+    """Files that were decoded: what is wrong with each, "" where nothing is, and what
+    `shards.duplicates.group_numbers` compares: `hash` uint64 [N], `tiny` uint8 [N, 192], `content` int64 [N]."""
 
-    problem: str = ""
-    hash: np.uint64 = np.uint64(0)
-    tiny: np.ndarray = np.zeros(3 * TINY * TINY, np.uint8)
-    content: int = 0
+    problem: list[str]
+    hash: np.ndarray
+    tiny: np.ndarray
+    content: np.ndarray
+
+    @classmethod
+    def of(cls, count: int) -> "Files":
+        tiny = np.zeros((count, 3 * TINY * TINY), np.uint8)
+        return cls([""] * count, np.zeros(count, np.uint64), tiny, -1 - np.arange(count))
+
+    @classmethod
+    def joined(cls, parts: Sequence["Files"]) -> "Files":
+        problems = [text for part in parts for text in part.problem]
+        hashes, tiny, content = (np.concatenate(column) for column in list(zip(*parts, strict=True))[1:])
+        return cls(problems, hashes, tiny, content)
 
 
-def look_at_files(paths: Sequence[Path], fingerprints: bool) -> list[Seen]:
-    """Every file of `paths`, decoded whole."""
-    return [_look_at(path, fingerprints) for path in paths]
-
-
-def _look_at(path: Path, fingerprints: bool) -> Seen:
-    try:
-        data = read_image(path)
-        check_image(data)
-        if not fingerprints:
-            return Seen()
-        return Seen("", *fingerprint(decoded(data, 2 * SIDE)[1]), zlib.crc32(data) << 32 ^ len(data))
-    except BadImage as problem:
-        return Seen(str(problem))
+def look_at_files(paths: Sequence[Path], fingerprints: bool) -> Files:
+    """Every file of `paths`, decoded whole; `fingerprints`: and what is compared, which is left at 0 otherwise."""
+    found = Files.of(len(paths))
+    for place, path in enumerate(paths):
+        try:
+            data = read_image(path)
+            check_image(data)
+            if fingerprints:
+                found.hash[place], found.tiny[place] = fingerprint(decoded(data, 2 * SIDE)[1])
+                found.content[place] = zlib.crc32(data) << 31 ^ len(data)
+        except BadImage as problem:
+            found.problem[place] = str(problem)
+    return found
 
 
 def fingerprint(image: Image.Image) -> tuple[np.uint64, np.ndarray]:

@@ -20,13 +20,14 @@ from shards.dataset import PACKER
 from shards.duplicates import group_numbers
 from shards.image_folder import ImageFolder, refuse_other_folder
 from shards.json_text import to_json
-from shards.pictures import Seen, look_at_files
+from shards.pictures import Files, look_at_files
 from shards.split import stratified_folds
 from shards.table import PREDICTION_ID, Columns, Problems, Row, found_classes, read_classes, read_rows
 from shards.tar import MAX_KEY
 from shards.workers import spread
 
 CHECK_CHUNK = 64  # images
+LEAST_KIND = 12  # so many copies of one picture stay together however small the data set is
 WORKER_CHUNKS = 8  # below that a second process costs more to start than it saves
 PLANNED_FLAGS = (
     "val_fraction",
@@ -203,7 +204,7 @@ def check_images(plan: Plan, args: Namespace) -> Checked:
     train = set() if args.split_copies else train
     wrong: dict[str, str] = {}
     rows: list[Row] = []
-    seen: list[Seen] = []
+    seen: list[Files] = []
     with progress("checking images", len(plan.files)) as advance:
         for fingerprints in (False, True):
             of = [row for row in plan.files if (row in train) == fingerprints]
@@ -213,19 +214,17 @@ def check_images(plan: Plan, args: Namespace) -> Checked:
             looks = spread(partial(look_at_files, fingerprints=fingerprints), paths, processes)
             for chunk, found in zip(chunks, looks, strict=True):
                 advance(len(chunk))
-                wrong |= {row.image_id: one.problem for row, one in zip(chunk, found, strict=True) if one.problem}
+                wrong |= {row.image_id: text for row, text in zip(chunk, found.problem, strict=True) if text}
                 if fingerprints:
                     rows += chunk
-                    seen += found
-    return Checked(wrong, _copies(rows, seen))
+                    seen.append(found)
+    return Checked(wrong, _copies(rows, Files.joined(seen)) if rows else [])
 
 
-def _copies(rows: Sequence[Row], seen: Sequence[Seen]) -> list[list[str]]:
-    if not rows:
-        return []
-    hashes, tiny, content = (np.array([getattr(one, name) for one in seen]) for name in ("hash", "tiny", "content"))
-    usable = np.array([not one.problem for one in seen])
-    number = group_numbers(hashes, tiny, np.where(usable, content, -1 - np.arange(len(seen))), usable)
+def _copies(rows: Sequence[Row], seen: Files) -> list[list[str]]:
+    usable = np.array([not text for text in seen.problem])
+    content = np.where(usable, seen.content, -1 - np.arange(len(rows)))  # what was not read is no copy of anything
+    number = group_numbers(seen.hash, seen.tiny, content, usable)
     found: dict[int, list[str]] = {}
     for row, of in zip(rows, number.tolist(), strict=True):
         found.setdefault(of, []).append(row.image_id)
@@ -250,13 +249,28 @@ def settle(plan: Plan, checked: Checked, args: Namespace) -> dict[str, list[Samp
     if bad:
         say(f"left out {plural(bad, 'bad row')}\n{listed(problems.lines())}")
     good = {split: [row for row in rows if not problems.has(row)] for split, rows in plan.rows.items()}
-    group_of = {name: number for number, members in enumerate(checked.copies) for name in members}
-    if group_of:
+    group_of = _kept_together(checked.copies, len(good["train"]), args)
+    return _samples(_split(good, plan, args, group_of), plan, args, group_of)
+
+
+def _kept_together(copies: Sequence[list[str]], rows: int, args: Namespace) -> dict[str, int]:
+    """ImageID -> number of its group, for the groups of near copies that a split can keep together.
+
+    Where a large part of the pictures look alike, as X-rays do, they are of one kind and no copies.
+    """
+    shares = [args.val_fraction, 1 - args.val_fraction] if args.val_fraction else []
+    shares += [1 / args.folds] if args.folds else []
+    most = max(LEAST_KIND, rows * min(shares, default=0) / 4)
+    groups = [members for members in copies if len(members) <= most]
+    if groups:
         say(
-            f"{plural(len(group_of), 'training image')} in {plural(len(checked.copies), 'group')} of near copies: each "
+            f"{plural(sum(map(len, groups)), 'training image')} in {plural(len(groups), 'group')} of near copies: each "
             "group stays on one side of every split (--split-copies deals them out one by one)"
         )
-    return _samples(_split(good, plan, args, group_of), plan, args, group_of)
+    if len(groups) < len(copies):
+        alike = sum(map(len, copies)) - sum(map(len, groups))
+        say(f"{alike} training images look so much alike that they are of one kind and no copies: dealt out one by one")
+    return {name: number for number, members in enumerate(groups) for name in members}
 
 
 def _groups(rows: Sequence[Row], group_of: Mapping[str, int]) -> list[int]:

@@ -31,6 +31,7 @@ from shards.json_text import to_json
 SHOWN = 12  # rows of the table of classes
 DRAWN = COLUMNS * ROWS
 SIDES = {"add": False, "remove": True}  # and whether their labels are given
+COLORS = {"add": "#1a7f37", "remove": "#cf222e"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,11 +51,17 @@ def main(argv: list[str] | None = None) -> int:
     dropped = np.argsort(-worst, kind="stable")[: round(options.drop * len(worst))]
 
     folder = Path(options.out) if options.out else Path(options.predictions).parent / "noise"
-    reader = open_reader(index)
-    for name, side in SIDES.items():
-        of = Entries.likeliest(np.where(given == side, score, -np.inf), options.most)
+    lists = {
+        name: Entries.likeliest(np.where(given == side, score, -np.inf), options.most) for name, side in SIDES.items()
+    }
+    for name, of in lists.items():
         _write_list(folder / f"{name}.csv", index, dataset.classes, of, probabilities, found)
-        _draw_list(folder / f"{name}.png", reader, dataset.classes, of, probabilities)
+    try:
+        reader = open_reader(index)
+        for name, of in lists.items():
+            _draw_list(folder, name, reader, dataset.classes, of, probabilities)
+    except UserError as problem:  # a server that is gone; the lists are there all the same
+        say(f"no pictures: {problem}")
     ids = index.batch.column("image_id")
     write_csv(
         folder / "drop.csv", ["ImageID", "score"], ((ids[int(row)].as_py(), f"{worst[row]:.6g}") for row in dropped)
@@ -125,14 +132,13 @@ def _write_list(path: Path, index: Index, classes: Sequence[str], of: Entries, p
     write_csv(path, ["key", "ImageID", "label", "probability", "score", "suspect"], lines)
 
 
-def _draw_list(path: Path, reader, classes: Sequence[str], of: Entries, probabilities) -> None:
+def _draw_list(folder: Path, name: str, reader, classes: Sequence[str], of: Entries, probabilities) -> None:
     """The first pictures of a list, each with its label and what the model thinks of it."""
-    verb, color = {"add": ("add", "#1a7f37"), "remove": ("remove", "#cf222e")}[path.stem]
     captions = [
-        [(cut(f"{verb} {classes[column]}"), color), (f"p {probabilities[row, column]:.3f}", "#57606a")]
+        [(cut(f"{name} {classes[column]}"), COLORS[name]), (f"p {probabilities[row, column]:.3f}", "#57606a")]
         for row, column in zip(of.rows[:DRAWN].tolist(), of.columns[:DRAWN].tolist(), strict=True)
     ]
-    sheet(path, reader, of.rows[:DRAWN], captions)
+    sheet(folder / f"{name}.png", reader, of.rows[:DRAWN], captions)
 
 
 # ---- against what is known to be wrong -------------------------------------------------------------------------------

@@ -161,3 +161,8 @@ def test_sizes_are_upright():
     size, image = decoded(encoded(picture(size=(400, 160)), exif=turned), 32)
     assert size == (160, 400)
     assert image.width < image.height < 400, "decoded at a fraction"
+
+
+def test_pictures_of_one_colour_are_no_copies_whatever_the_colour():
+    tiny = np.array([np.tile([red, 0, 0], 64) for red in (40, 80, 200)], np.uint8)
+    assert len(near_pairs(np.zeros(3, np.uint64), tiny)) == 0

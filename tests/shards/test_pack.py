@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from packing import encoded, image_bytes, opened, pack_raw, picture, tree, write_raw, write_table
 from PIL import Image, ImageOps
 
-from shards import pack, plan, table, tar
+from shards import pack, pictures, plan, table, tar
 from shards.dataset import load_dataset
+from shards.duplicates import group_numbers
 from shards.plan import Keys
 
 HEADER = ["ImageID", "Labels", "Caption"]
@@ -568,3 +569,31 @@ def test_a_pack_that_was_killed_keeps_near_copies_together_too(tmp_path, capsys,
         assert pack_raw(raw, tmp_path / "out", *flags) == 0
     assert pack_raw(raw, tmp_path / "whole", *flags) == 0
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_pictures_of_one_kind_are_no_copies(tmp_path, capsys):
+    """All of them look alike, as X-rays do: a split that kept them together would be empty."""
+    raw = tmp_path / "raw"
+    (raw / "images").mkdir(parents=True)
+    rng = np.random.RandomState(0)
+    base = np.asarray(picture(0, (6, 6)).resize((96, 96), Image.Resampling.BICUBIC)).astype(int)
+    for number in range(60):
+        pixels = np.clip(base + rng.randint(-6, 7, base.shape), 0, 255).astype(np.uint8)
+        (raw / "images" / f"{number}.png").write_bytes(encoded(Image.fromarray(pixels), "PNG"))
+    write_table(raw / "train.csv", ["ImageID", "Labels"], [[f"{number}.png", "a"] for number in range(60)])
+    assert pack_raw(raw, tmp_path / "out", "--val-fraction", "0.2") == 0
+    assert "60 training images look so much alike that they are of one kind" in capsys.readouterr().err
+    assert len(opened(tmp_path / "out", "val")) == 12
+
+
+def test_equal_files_whose_checksum_is_large_are_copies_and_others_are_not(tmp_path):
+    """Whatever the size of the numbers: files of one colour, which nothing but their bytes tells apart."""
+    files = []
+    for number in range(40):
+        for copy in "ab":
+            files.append(tmp_path / f"{number}{copy}.png")
+            files[-1].write_bytes(encoded(Image.new("RGB", (8, 8), (number, 0, 0)), "PNG"))
+    seen = pictures.look_at_files(files, fingerprints=True)
+    assert (seen.content > 2**61).any() and (seen.content >= 0).all() and seen.content.dtype == np.int64
+    numbers = group_numbers(seen.hash, seen.tiny, seen.content, np.ones(80, bool))
+    assert np.array_equal(numbers, np.repeat(np.arange(40), 2))

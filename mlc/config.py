@@ -306,6 +306,8 @@ class Config:
     """probability of a horizontal flip"""
     vflip: float = 0.0
     """probability of a vertical flip"""
+    color_jitter: float = 0.0
+    """brightness, contrast and saturation change by up to this share, before --aa; 0 is off"""
     aa: str = ""
     """timm's policy: rand-m9-mstd0.5-inc1, original, v0, 3a, augmix-m5-w4; or `trivial` (TrivialAugment), or the light
     ones of two iMet winners: `imet-first`, `imet-second`"""

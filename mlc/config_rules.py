@@ -15,7 +15,8 @@ _CAPTIONS += ("load", "load_text", "load_combine")
 
 # What changes images, or the models that see them.
 _IMAGES = ("model", "pretrained", "pretrained_path", "img_size", "drop_path", "model_kwargs", "freeze", "layer_decay")
-_IMAGES += ("init_head", "grad_checkpointing", "compile", "text_model", "vflip", "aa", "reprob", "cutout", "kd_feature")
+_IMAGES += ("init_head", "grad_checkpointing", "compile", "text_model", "kd_feature")
+_IMAGES += ("vflip", "color_jitter", "aa", "reprob", "cutout")
 _WITH_POS_WEIGHT = ("bce", "focal", "asl")  # whose value is of one class alone
 _ON_FEATURES = ("linear", "mlp", "lstm")  # heads that look at no places of an image
 
@@ -34,7 +35,7 @@ _RANGES = (
         "above 0",
     ),
     (
-        ("cutmix", "focal_gamma", "asl_gamma_neg", "asl_gamma_pos", "db_gamma", "db_bias"),
+        ("color_jitter", "cutmix", "focal_gamma", "asl_gamma_neg", "asl_gamma_pos", "db_gamma", "db_bias"),
         lambda x: x >= 0,
         "at least 0",
     ),

@@ -21,7 +21,7 @@ def train_transform(config: Config, mean: Sequence[float]) -> TrainTransform:
         parse_crop(crop)
     if config.val_crop == "rrc":
         raise UserError("--val-crop rrc is random; use squish, center, pad or if-needed:2")
-    names = ("scale", "ratio", "hflip", "vflip", "aa", "crop")
+    names = ("scale", "ratio", "hflip", "vflip", "color_jitter", "aa", "crop")
     return TrainTransform(size=config.img_size, mean=tuple(mean), **{name: getattr(config, name) for name in names})
 
 

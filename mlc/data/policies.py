@@ -6,6 +6,7 @@ picture moved away from, and geometry is bilinear.
 """
 
 from collections.abc import Callable
+from itertools import permutations
 
 import cv2
 import numpy as np
@@ -16,6 +17,7 @@ from mlc.data.pixels import (
     PIXELS,
     Fill,
     brightness,
+    color,
     contrast,
     gamma,
     gaussian_noise,
@@ -24,6 +26,7 @@ from mlc.data.pixels import (
 )
 
 LEVELS = 31
+JITTER = tuple(permutations((brightness, contrast, color)))
 _UP = np.linspace(0, 1, LEVELS)
 
 # Operation: (its 31 magnitudes, whether the sign is drawn as well), as torchvision's TrivialAugmentWide has them.
@@ -63,6 +66,15 @@ def at_magnitude(name: str, image: np.ndarray, magnitude: float, fill: Fill) -> 
     if TRIVIAL[name][0] is None:
         return PIXELS[name](image)
     return PIXELS[name](image, 1 + magnitude if TRIVIAL[name][1] else magnitude)
+
+
+def color_jitter(image: np.ndarray, draws: Draws, most: float) -> np.ndarray:
+    """torchvision's ColorJitter(most, most, most): brightness, contrast and saturation by factors from 1 - most (at
+    least 0) to 1 + most, in random order."""
+    order = JITTER[draws.integer(len(JITTER))]
+    for change in order:
+        image = change(image, draws.uniform(max(0.0, 1 - most), 1 + most))
+    return image
 
 
 def imet_first(image: np.ndarray, draws: Draws, fill: Fill) -> np.ndarray:

@@ -1,6 +1,7 @@
 """One image of a batch: its crop, flips and augmentation in the workers; float only on the device, batched.
 
-Every random choice comes from `Draws`, keyed by (seed, position), in a fixed order: crop, flips, augmentation.
+Every random choice comes from `Draws`, keyed by (seed, position), in a fixed order: crop, flips,
+colours, augmentation.
 """
 
 import functools
@@ -16,6 +17,7 @@ from mlc.data.augment import build_aa
 from mlc.data.decode import Box, decoded
 from mlc.data.decode import upright as upright
 from mlc.data.order import CUTOUT, ERASE, Draws, uniform
+from mlc.data.policies import color_jitter
 from mlc.parallel.memory import to_device
 from shards.console import UserError
 
@@ -24,13 +26,14 @@ CROPS = ("rrc", "squish", "center", "pad", "if-needed:K")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTransform:
-    """Crop, flips and RandAugment; `crop` is one of `CROPS`, `rrc` timm's RandomResizedCropAndInterpolation."""
+    """Crop, flips, changes of colour, a policy; `crop` is one of `CROPS`, `rrc` timm's RandomResizedCropAndInterpolation."""
 
     size: int
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = 0.5
     vflip: float = 0.0
+    color_jitter: float = 0.0
     aa: str = ""
     crop: str = "rrc"
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
@@ -45,6 +48,8 @@ class TrainTransform:
             image = cv2.flip(image, 1)
         if draws.uniform() < self.vflip:
             image = cv2.flip(image, 0)
+        if self.color_jitter:
+            image = color_jitter(image, draws, self.color_jitter)
         if self.aa:
             image = build_aa(self.aa, self.size, self.mean)(image, draws)
         return image

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from scipy import stats
 from sklearn.datasets import load_sample_images
-from torchvision.transforms import InterpolationMode, TrivialAugmentWide, autoaugment
+from torchvision.transforms import InterpolationMode, TrivialAugmentWide, autoaugment, functional
 
 from mlc.data import policies
 from mlc.data.augment import build_aa
@@ -113,3 +113,23 @@ def test_the_names_are_in_the_message_about_an_unknown_one():
 
     with pytest.raises(UserError, match="one of ours: trivial, imet-first, imet-second"):
         build_aa("triviall", 32, MEAN)
+
+
+@pytest.mark.parametrize("most", [0.2, 1.5])
+def test_color_jitter_is_torchvisions(image, most):
+    """The same factors in the same order, within the rounding of three steps."""
+    theirs = {"brightness": functional.adjust_brightness, "contrast": functional.adjust_contrast}
+    theirs["color"] = functional.adjust_saturation
+    orders = set()
+    for place in range(40):
+        draws = Draws(3, 1, place)
+        order = policies.JITTER[draws.integer(6)]
+        orders.add(order)
+        expected = Image.fromarray(image)
+        for change in order:
+            factor = draws.uniform(max(0.0, 1 - most), 1 + most)
+            assert max(0.0, 1 - most) <= factor <= 1 + most
+            expected = theirs[change.__name__](expected, factor)
+        found = policies.color_jitter(image, Draws(3, 1, place), most)
+        assert np.abs(found.astype(int) - np.asarray(expected).astype(int)).mean() < 1.5
+    assert len(orders) == 6

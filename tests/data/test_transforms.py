@@ -84,6 +84,17 @@ def test_draws_are_spent_on_crop_flips_and_augmentation_in_that_order(photo):
         assert np.array_equal(augmented, expected)
 
 
+def test_colours_change_after_the_flips(photo):
+    data = encoded(photo, "PNG")
+    for p in range(20):
+        plain = TrainTransform(size=32)(data, Draws(0, AUGMENT, p))
+        jittered = TrainTransform(size=32, color_jitter=0.4)(data, Draws(0, AUGMENT, p))
+        draws = Draws(0, AUGMENT, p)
+        random_box(photo.size, (0.08, 1.0), (3 / 4, 4 / 3), draws)
+        draws.uniform(), draws.uniform()
+        assert np.array_equal(jittered, transforms.color_jitter(plain, draws, 0.4)) and (jittered != plain).any()
+
+
 @pytest.mark.parametrize("size", [(500, 300), (300, 500), (1000, 60), (60, 1000)])
 def test_crops_are_distributed_as_timms(size):
     """Kolmogorov-Smirnov on area and left edge of 3,000 crops each, also of very long images."""

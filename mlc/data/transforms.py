@@ -26,7 +26,7 @@ CROPS = ("rrc", "squish", "center", "pad", "if-needed:K")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTransform:
-    """Crop, flips, changes of colour, a policy; `crop` is one of `CROPS`, `rrc` timm's RandomResizedCropAndInterpolation."""
+    """Crop, flips, colours, a policy; `crop` is one of `CROPS`, `rrc` timm's RandomResizedCropAndInterpolation."""
 
     size: int
     scale: tuple[float, float] = (0.08, 1.0)

@@ -44,7 +44,7 @@ MODEL = {"cpu": "tf_efficientnet_lite0", "cuda": "swinv2_base_window12to16_192to
 EPOCHS, MOST_EPOCHS, LEAST_EPOCHS = 10.0, 30.0, 1.0  # of a fine-tuning: without --time, and the bounds with it
 HEAD = "--head linear --epochs 20 -b 32 --eval-every 5ep --checkpoint-every 20ep"
 TRIAL_STEPS, TRIAL_SHARE = (12, 60), 0.04  # least and most; between them, what takes about so much of the time
-RESERVE = 0.9  # of the time: what is left at the end is short of the estimate rather than over it
+RESERVE = 0.95  # of the time: what is left at the end is short of the estimate rather than over it
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -191,7 +191,7 @@ def _epochs(options: Namespace, book: "Book", recipe: list[str], out: Path, data
     evaluation = samples["val"] / (2 * rate)  # of two sets of weights, without a backward pass
     start = max(0.0, book.seconds("trial") - training - evaluation)
     predicting = sum(samples.get(name, 0) for name in ("val", "test")) / (3 * rate)
-    predicting += 3 * start  # two predictions and their labels
+    predicting += start * (3 if len(visible_gpus()) > 1 else 1)  # labels and report, and processes where there are any
     left = RESERVE * options.time - book.seconds()
     each = left / runs - start - predicting
     return min(MOST_EPOCHS, math.floor(100 * each / (samples["train"] / rate + evaluation)) / 100)

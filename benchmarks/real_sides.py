@@ -1,11 +1,11 @@
 """Who is compared on real data: each side takes a task and a seed and returns probabilities of val.csv and test.csv.
 
 `bare` and `recipe` are `train.py` and `mlc predict` as a user types them, `fit` is `mlc fit`, all in processes of their
-own. `loop45` is the
-loop of a tutorial. `sklearn` is logistic regression on what the frozen backbone makes of the images. `constant` answers
-every image with the share of each label in train.csv, so that a threshold tuned on val.csv picks the best constant set
-of the commonest labels. All see the same images, weights, image size and number of passes, and rows come in the order
-of the CSV. A side more is one function and a line in `SIDES`.
+own. `loop45` is the loop of a tutorial. `sklearn` is logistic regression on what the frozen backbone makes of the
+images. `constant` answers every image with the share of each label in train.csv, so that a threshold tuned on val.csv
+picks the best constant set of the commonest labels. All see the same images, weights, image size and number of passes
+(`fit --time` as many as it has time for), and rows come in the order of the CSV. A side more is one function and a line
+in `SIDES`.
 """
 
 import json

@@ -140,7 +140,7 @@ class Files(NamedTuple):
     @classmethod
     def of(cls, count: int) -> "Files":
         tiny = np.zeros((count, 3 * TINY * TINY), np.uint8)
-        return cls([""] * count, np.zeros(count, np.uint64), tiny, -1 - np.arange(count))
+        return cls([""] * count, np.zeros(count, np.uint64), tiny, np.zeros(count, np.int64))
 
     @classmethod
     def joined(cls, parts: Sequence["Files"]) -> "Files":

@@ -1,7 +1,7 @@
 """One image of a batch: its crop, flips and augmentation in the workers; float only on the device, batched.
 
-Every random choice comes from `Draws`, keyed by (seed, position), in a fixed order: crop, flips,
-colours, augmentation.
+Every random choice comes from `Draws`, keyed by (seed, position), in a fixed order: crop, flips, colours,
+augmentation.
 """
 
 import functools
@@ -15,7 +15,6 @@ import torch
 
 from mlc.data.augment import build_aa
 from mlc.data.decode import Box, decoded
-from mlc.data.decode import upright as upright
 from mlc.data.order import CUTOUT, ERASE, Draws, uniform
 from mlc.data.policies import color_jitter
 from mlc.parallel.memory import to_device
